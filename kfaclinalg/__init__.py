@@ -1,0 +1,45 @@
+"""K-FAC linear algebra, exact, on any array-API namespace (NumPy, CuPy, torch, JAX, ...).
+
+Read in this order: `factors` (what is measured), `damping`, `kronecker` (one layer), `blocks` (the network),
+`curvature` (from factors to an inverse), `quadratic` (how far to go) and `algorithm` (Algorithm 2).
+"""
+
+from . import spd, testing
+from ._array import LinAlgError, assert_finite
+from .algorithm import KFACState, Problem, StepInfo, kfac_step
+from .blocks import BlockDiagonal
+from .curvature import block_diagonal_inverse
+from .damping import factored_tikhonov, tikhonov_pi
+from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
+from .kronecker import Kronecker
+from .options import KFACOptions
+from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
+
+__all__ = [
+    "BlockDiagonal",
+    "Factors",
+    "KFACOptions",
+    "KFACState",
+    "Kronecker",
+    "LayerFactors",
+    "LinAlgError",
+    "Link",
+    "Problem",
+    "QuadraticFit",
+    "StepInfo",
+    "assert_finite",
+    "averaging_decay",
+    "batch_factors",
+    "block_diagonal_inverse",
+    "factored_tikhonov",
+    "fit_quadratic",
+    "homogeneous",
+    "inner_products",
+    "kfac_step",
+    "levenberg_marquardt",
+    "moving_average",
+    "reduction_ratio",
+    "spd",
+    "testing",
+    "tikhonov_pi",
+]

@@ -1,0 +1,164 @@
+"""The only door to array-api-compat: which namespace, dtype and device, and whether what came in fits together.
+
+A public function resolves its arrays once to a `Backend` and passes that down. Shapes, dtypes and devices are checked
+here, at once, with the name, what came and what was expected; values are not looked at, save by `assert_finite`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from ._typing import Device, DType, Namespace, Scalar
+
+NAN = math.nan
+CAUSES = (
+    "a matrix that is not positive definite to working precision (more damping, or float64, helps), "
+    "NaN or infinity in what came in, or overflow."
+)
+
+
+class LinAlgError(ValueError, RuntimeError):
+    """What `assert_finite` raises. NumPy's habit, `except ValueError`, and torch's, `except RuntimeError`, catch it."""
+
+    __module__ = "kfaclinalg"
+
+
+class Backend(NamedTuple):
+    """Where one public call computes."""
+
+    xp: Namespace
+    kind: str  # "torch", "jax", "cupy", "numpy" or "other"
+    dtype: DType
+    device: Device
+
+    @property
+    def eps(self) -> float:
+        return float(self.xp.finfo(self.dtype).eps)
+
+    @property
+    def widest(self) -> DType:
+        """The dtype in which scalars accumulate: float64 where the device has it."""
+        dtypes = self.xp.__array_namespace_info__().dtypes(kind="real floating", device=self.device)
+        return dtypes.get("float64", self.dtype)
+
+    def eye(self, n: int) -> Any:
+        return self.xp.eye(n, dtype=self.dtype, device=self.device)
+
+
+def resolve(**arrays: Any) -> Backend:
+    """The backend that all the arrays share; the error names the first that differs."""
+    (first, x), *rest = arrays.items()
+    xp = _namespace(first, x)
+    if x.dtype not in (xp.float32, xp.float64):
+        raise TypeError(f"{first} has dtype {x.dtype}, expected float32 or float64")
+    kind = next((kind for kind in ("torch", "jax", "cupy", "numpy") if kind in xp.__name__.split(".")), "other")
+    backend = Backend(xp, kind, x.dtype, device(x))
+    for name, y in rest:
+        _same_place(backend, name, y)
+        if y.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {y.dtype}, expected {x.dtype}, the dtype of {first}")
+    return backend
+
+
+def operand(b: Backend, name: str, x: Any, core: tuple[int, ...]) -> Any:
+    """`x` (..., *core) in the backend's dtype: float16 and bfloat16 are widened, anything else must fit."""
+    _same_place(b, name, x)
+    half = str(x.dtype).rpartition(".")[2] in ("float16", "bfloat16")
+    if not half and x.dtype != b.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {b.dtype}, float16 or bfloat16")
+    if x.ndim < len(core) or tuple(x.shape[x.ndim - len(core) :]) != core:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, core))})")
+    return b.xp.astype(x, b.dtype) if half else x
+
+
+def narrowed(b: Backend, x: Any, dtype: DType) -> Any:
+    """`x` in the dtype that the caller's array came in."""
+    return x if x.dtype == dtype else b.xp.astype(x, dtype)
+
+
+def widened(b: Backend, x: Any) -> Any:
+    return narrowed(b, x, b.widest)
+
+
+def _namespace(name: str, x: Any) -> Namespace:
+    try:
+        return array_namespace(x)
+    except TypeError as error:
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"{name} is a {kind}, expected an array (NumPy, CuPy, torch, JAX, ...)") from error
+
+
+def _same_place(b: Backend, name: str, x: Any) -> None:
+    xp = _namespace(name, x)
+    if xp is not b.xp:
+        raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as the others are")
+    if device(x) != b.device:
+        raise ValueError(f"{name} is on device {device(x)}, expected {b.device}, as the others are")
+
+
+def check_square(**arrays: Any) -> None:
+    for name, x in arrays.items():
+        if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., n, n)")
+
+
+def check_batches(**shapes: tuple[int, ...]) -> None:
+    """The batch shapes must broadcast against each other."""
+    for (first, a), (name, c) in combinations(shapes.items(), 2):
+        if any(i != j and 1 not in (i, j) for i, j in zip(reversed(a), reversed(c), strict=False)):
+            raise ValueError(f"{name} has batch shape {tuple(c)}, which does not broadcast with {tuple(a)} of {first}")
+
+
+def nonnegative(name: str, x: Scalar) -> Any:
+    """A damping: a Python number is checked and becomes a float; an array is left as it is, its values unseen."""
+    if isinstance(x, int | float | np.number):
+        if not 0 <= x < math.inf:
+            raise ValueError(f"{name} is {x}, expected a finite number >= 0")
+        return float(x)
+    return x
+
+
+def description(operator: object, **arrays: Any) -> str:
+    """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`: what a reader wants to know, without reading a value."""
+    b = resolve(**arrays)
+    shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in arrays.items())
+    return f"{type(operator).__name__}({shapes}, {str(b.dtype).rpartition('.')[2]}, {b.device})"
+
+
+def all_finite(arrays: Sequence[Any]) -> bool:
+    """No entry of any array is NaN or infinite. It waits for the device, once."""
+    xp = resolve(x=arrays[0]).xp
+    return bool(xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in arrays])))
+
+
+def assert_finite(x: Any, name: str) -> None:
+    """Raise a LinAlgError where `x` (..., m, n), named `name` in the message, holds a NaN or an infinity.
+
+    The one place that waits for the device: elsewhere a failure stays NaN.
+
+    >>> import numpy as np
+    >>> assert_finite(np.asarray([[[1.0]], [[np.nan]]]), "inverse")
+    Traceback (most recent call last):
+    kfaclinalg.LinAlgError: inverse is not finite in batch member (1,). Likely causes: ...
+    """
+    xp = resolve(**{name: x}).xp
+    finite = xp.all(xp.isfinite(x), axis=tuple(range(-min(x.ndim, 2), 0)))
+    if not bool(xp.all(finite)):
+        first = next(index for index in np.ndindex(*finite.shape) if not bool(finite[index]))
+        member = f" in batch member {first}" if first else ""
+        raise LinAlgError(f"{name} is not finite{member}. Likely causes: {CAUSES}")
+
+
+def picked(x: Any, indices: Sequence[int]) -> Any:
+    """x[i, j, ...] for i, j, ... in `indices` alone, on every axis."""
+    b = resolve(x=x)
+    along = b.xp.asarray(indices, device=b.device)
+    for axis in range(x.ndim):
+        x = b.xp.take(x, along, axis=axis)
+    return x

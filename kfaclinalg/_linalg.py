@@ -1,0 +1,121 @@
+"""Factorisations that the array-API standard lacks or leaves open, the same on every backend.
+
+The standard body stands first or last, a backend's own routine is a short branch. Every function gives NaN for the
+batch members on which it fails, raises nothing and, eigenvalues excepted, does not wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from scipy.linalg import eigh as scipy_eigh
+from scipy.linalg import lapack
+
+from ._array import NAN, Backend
+
+
+def symmetrised(M: Any) -> Any:
+    return 0.5 * M + 0.5 * M.mT  # halved first: the sum of two large entries may overflow
+
+
+def cholesky(b: Backend, M: Any) -> Any:
+    """Lower triangular L with L Lᵀ = M for symmetric M, all NaN for a member that is not positive definite.
+
+    Backends report failure by an exception, by a flag, or not at all: a partial factor and silence. One test serves
+    them all: the squared norms of the rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
+    """
+    xp = b.xp
+    if b.kind == "numpy" and M.ndim == 2:
+        L, info = _lapack(b, "potrf")(M.T, lower=True, clean=True)  # M.T: in the order that LAPACK reads
+        return L if info == 0 and np.isfinite(np.diagonal(L)).all() else np.full_like(L, NAN)
+    if b.kind == "torch":
+        L = import_module("torch").linalg.cholesky_ex(M).L
+    else:
+        (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
+    d = xp.linalg.diagonal(M)
+    d = xp.where(xp.isfinite(d), d, NAN)  # NumPy would warn of infinity - infinity
+    tolerance = (M.shape[-1] + 8) * b.eps
+    accepted = (xp.abs(xp.vecdot(L, L) - d) <= tolerance * xp.abs(d)) & (xp.linalg.diagonal(L) > 0)
+    return xp.where(xp.all(accepted, axis=-1)[..., None, None], L, NAN)
+
+
+def forward_substitution(b: Backend, L: Any, X: Any) -> Any:
+    """Y with L Y = X, for lower triangular L."""
+    return _substitution(b, L, X) if b.kind == "other" else _solve_triangular(b, L, X, "N")
+
+
+def back_substitution(b: Backend, L: Any, X: Any) -> Any:
+    """Y with Lᵀ Y = X, for lower triangular L."""
+    if b.kind != "other":
+        return _solve_triangular(b, L, X, "T")
+    return b.xp.flip(_substitution(b, b.xp.flip(L.mT, axis=(-2, -1)), b.xp.flip(X, axis=-2)), axis=-2)
+
+
+def _solve_triangular(b: Backend, L: Any, X: Any, trans: str) -> Any:
+    if b.kind == "numpy":
+        if L.ndim == X.ndim == 2:
+            return _lapack(b, "trtrs")(L, X, lower=True, trans=trans == "T")[0]
+        return np.linalg.solve(L.mT if trans == "T" else L, X)
+    if b.kind == "torch":
+        solve = import_module("torch").linalg.solve_triangular
+        return solve(L.mT, X, upper=True) if trans == "T" else solve(L, X, upper=False)
+    # cupyx and jax guess from the dimensions whether X is a batch of vectors: equal batch shapes leave no doubt
+    batch = np.broadcast_shapes(L.shape[:-2], X.shape[:-2])
+    L, X = (b.xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (L, X))
+    linalg = import_module("cupyx.scipy.linalg" if b.kind == "cupy" else "jax.scipy.linalg")
+    return linalg.solve_triangular(L, X, lower=True, trans=trans)
+
+
+def _substitution(b: Backend, L: Any, X: Any) -> Any:
+    """Forward substitution in standard calls, by halves: two half-sized solves and one product."""
+    n = L.shape[-1]
+    if n <= 1:
+        return X / L if n else X
+    h = n // 2
+    top = _substitution(b, L[..., :h, :h], X[..., :h, :])
+    bottom = _substitution(b, L[..., h:, h:], X[..., h:, :] - L[..., h:, :h] @ top)
+    return b.xp.concat([b.xp.broadcast_to(top, bottom.shape[:-2] + top.shape[-2:]), bottom], axis=-2)
+
+
+def cholesky_inverse(b: Backend, L: Any) -> Any:
+    """(L Lᵀ)⁻¹, exactly symmetric."""
+    n = L.shape[-1]
+    if b.kind == "numpy" and L.ndim == 2:
+        X = _lapack(b, "potri")(L, lower=True)[0]
+        return np.where(np.tri(n, dtype=bool), X, X.T)
+    if b.kind == "torch":
+        return import_module("torch").cholesky_inverse(L)
+    K = forward_substitution(b, L, b.eye(n))
+    return symmetrised(K.mT @ K)
+
+
+def eigh(b: Backend, M: Any) -> tuple[Any, Any]:
+    """Eigenvalues and eigenvectors of symmetric M, NaN for a member that has a NaN or infinity or does not converge.
+
+    Such a member is replaced by I first: what LAPACK and cuSOLVER do with it depends on the size and the version.
+    """
+    xp, n = b.xp, M.shape[-1]
+    finite = xp.all(xp.isfinite(M), axis=(-2, -1))[..., None, None]
+    evd = b.kind == "numpy" and M.ndim == 2
+    decompose = partial(scipy_eigh, driver="evd", check_finite=False) if evd else xp.linalg.eigh
+    w, Q = _each_member(b, decompose, xp.where(finite, M, b.eye(n)))
+    return xp.where(finite[..., 0], w, NAN), xp.where(finite, Q, NAN)
+
+
+def _each_member(b: Backend, f: Callable[[Any], tuple[Any, ...]], M: Any) -> tuple[Any, ...]:
+    """f(M); where the backend throws a whole batch away for one failure, member by member, NaN for those that fail."""
+    try:
+        return tuple(f(M))
+    except (np.linalg.LinAlgError, RuntimeError):
+        if M.ndim == 2:
+            return tuple(NAN * x for x in f(b.eye(M.shape[-1])))
+        members = [_each_member(b, f, M[i, ...]) for i in range(M.shape[0])]
+        return tuple(b.xp.stack(x) for x in zip(*members, strict=True))
+
+
+def _lapack(b: Backend, routine: str) -> Any:
+    return getattr(lapack, ("s" if b.dtype == np.float32 else "d") + routine)

@@ -1,0 +1,185 @@
+"""Algorithm 2 of the paper, written once, over a `Problem` that an adapter supplies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import add, mul
+from typing import Any, NamedTuple, Protocol
+
+from . import _array
+from .curvature import STRUCTURES
+from .factors import Factors, averaging_decay, moving_average
+from .options import KFACOptions
+from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
+
+Matrices = tuple[Any, ...]  # one (m, n) array a layer
+NO_UPDATE = "the update is not finite"
+
+
+class Problem(Protocol):
+    """One mini-batch S' as an adapter presents it. Losses are means over examples and exclude the weight decay."""
+
+    def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:
+        """h and ∇h, shaped like the weights."""
+
+    def factors(self, weights: Matrices, links: bool) -> Factors:
+        """The second moments on S1, with targets sampled from the model's own distribution (Section 5)."""
+
+    def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Any:
+        """(k, k): the inner products (J d_i)ᵀ F_R (J d_j), mean over S2 (Appendix C)."""
+
+    def loss(self, weights: Matrices) -> Any:
+        """h alone."""
+
+
+class KFACState(NamedTuple):
+    """What the next step needs."""
+
+    iteration: int  # k of the last step that was taken
+    damping: float  # λ
+    gamma: float  # γ
+    factors: Factors | None = None  # the moving averages
+    inverse: Any = None  # of the curvature, as last refreshed
+    update: Matrices | None = None  # δ0
+
+
+class StepInfo(NamedTuple):
+    """What happened in one step, for the reader. `loss` is h before it, weight decay included."""
+
+    loss: float
+    damping: float
+    gamma: float
+    alpha: float
+    mu: float
+    change: float  # M(δ) - M(0)
+    ratio: float  # ρ; NaN where it was not computed
+    update_norm: float
+    refreshed: bool
+    refused: str  # why the step was not taken, or ""
+
+
+class _Step(NamedTuple):
+    """The best update for one γ."""
+
+    gamma: float
+    inverse: Any
+    update: Matrices  # δ = α Δ + μ δ0
+    alpha: float
+    mu: float
+    change: float
+    norm: float
+
+
+def kfac_step(
+    problem: Problem, weights: Matrices, state: KFACState | None, options: KFACOptions, /
+) -> tuple[Matrices, KFACState, StepInfo]:
+    """One iteration of Algorithm 2: the new weights, the state for the next step, and what happened.
+
+    A guard beyond the paper: a step whose loss, statistics or update is not finite is refused. Weights, averages,
+    inverse and momentum stay as they were, the damping rises, and `info.refused` says why.
+
+    Args:
+        problem: the mini-batch.
+        weights: one (m, n) array a layer, never changed in place.
+        state: what the last step returned; None starts afresh.
+        options: see `KFACOptions`.
+
+    Raises:
+        TypeError, ValueError: an option is wrong (seen when starting afresh), or arrays do not fit each other.
+    """
+    state = _start(options) if state is None else state
+    k, eta = state.iteration + 1, options.weight_decay
+
+    h, gradient = problem.loss_and_gradient(weights)
+    gradient = tuple(g + eta * W for g, W in zip(gradient, weights, strict=True))
+    statistics = problem.factors(weights, False)
+    decay = averaging_decay(k, maximum=options.averaging_maximum)
+    factors = moving_average(state.factors, statistics, decay=decay)
+    refreshed = k % options.inverse_period == 0 or k <= 3
+    inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
+    last = () if state.update is None else (state.update,)
+    step = _best_step(partial(problem.curvature_gram, weights), gradient, inverses, last, state.damping + eta)
+
+    loss = float(h + _penalty(weights, eta))
+    moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
+    refused = _refusal(loss, statistics, step)
+    ratio, damping = math.nan, state.damping
+    if k % options.damping_period == 0 and not refused:
+        loss_after = float(problem.loss(moved) + _penalty(moved, eta))
+        refused = "" if math.isfinite(loss_after) else "the loss after the step is not finite"
+        ratio = reduction_ratio(loss, loss_after, step.change)
+        damping = max(levenberg_marquardt(damping, ratio, omega=options.omega1), eta)  # λ >= η: a guard
+
+    info = StepInfo(loss, state.damping, step.gamma, *step[3:6], ratio, step.norm, refreshed, refused)
+    if refused:
+        no_step = info._replace(alpha=0.0, mu=0.0, change=0.0, update_norm=0.0, refreshed=False)
+        return weights, _more_damped(state, options, info), no_step
+    update = step.update if options.momentum == "quadratic-model" else None
+    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update), info
+
+
+def _start(options: KFACOptions) -> KFACState:
+    options.checked()
+    damping = max(options.damping, options.weight_decay)
+    return KFACState(0, damping, math.sqrt(damping + options.weight_decay))
+
+
+def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) -> dict[float, Any]:
+    """The inverse for γ and, every T2 iterations, for ω2 γ and γ/ω2 (Section 6.6).
+
+    γ >= √η is a guard beyond the paper, whose rule may follow the noise of τ2 < 1 down to where a step blows up.
+    """
+    gammas = [state.gamma]
+    if k % options.gamma_period == 0:
+        gammas += [options.omega2 * state.gamma, state.gamma / options.omega2]
+    inverse, floor = STRUCTURES[options.structure], math.sqrt(options.weight_decay)
+    return {gamma: inverse(factors, gamma, norm=options.pi_norm) for gamma in (max(g, floor) for g in gammas)}
+
+
+def _best_step(
+    curvature_gram: Callable[[Sequence[Matrices]], Any],
+    gradient: Matrices,
+    inverses: dict[float, Any],
+    last: tuple[Matrices, ...],
+    damping: float,
+) -> _Step:
+    """The step with the lowest M(δ), momentum included, of one for each γ (Sections 6.4, 6.6 and 7)."""
+    proposals = [tuple(-U for U in inverse @ gradient) for inverse in inverses.values()]
+    directions = [*proposals, *last]
+    F = curvature_gram(directions)  # one call for all, so that J δ0 is computed once
+    D, slopes = inner_products(directions, directions), inner_products(directions, [gradient])[:, 0]
+    steps = []
+    for i, (gamma, inverse) in enumerate(inverses.items()):
+        pair = [i, *range(len(proposals), len(directions))]  # Δ and, if there is one, δ0
+        D_pair = _array.picked(D, pair)
+        fit = fit_quadratic(_array.picked(F, pair), D_pair, _array.picked(slopes, pair), damping)
+        c = fit.coefficients
+        norm = math.sqrt(abs(float(c @ D_pair @ c)))
+        alpha, mu, *_ = coefficients = [*(float(c[j]) for j in range(len(pair))), 0.0]
+        layers = zip(*(directions[j] for j in pair), strict=True)
+        update = tuple(reduce(add, map(mul, coefficients, layer)) for layer in layers)
+        steps.append(_Step(gamma, inverse, update, alpha, mu, float(fit.change), norm))
+    return min(steps, key=lambda step: step.change if math.isfinite(step.change) else math.inf)
+
+
+def _penalty(weights: Matrices, eta: float) -> float:
+    return 0.5 * eta * float(inner_products([weights], [weights])[0, 0])
+
+
+def _refusal(loss: float, statistics: Factors, step: _Step) -> str:
+    if not math.isfinite(loss):
+        return "the loss is not finite"
+    if not _array.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair]):
+        return "the statistics are not finite"
+    if not (math.isfinite(step.change) and math.isfinite(step.norm)):
+        return NO_UPDATE
+    return ""
+
+
+def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo) -> KFACState:
+    """The state as it was, with a larger λ; a larger γ too where a new inverse may be at fault."""
+    inverse_failed = info.refreshed and info.refused == NO_UPDATE
+    gamma = state.gamma / options.omega2 if inverse_failed else state.gamma
+    return state._replace(damping=state.damping / options.omega1, gamma=gamma)

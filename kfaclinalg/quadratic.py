@@ -1,0 +1,129 @@
+"""The exact quadratic model M(δ) = ½ δᵀ(F + (λ+η) I)δ + ∇hᵀδ + h along a few directions (Sections 6.4, 6.5 and 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+from . import _array, _linalg
+from ._typing import ArrayT, Scalar
+
+PARALLEL = 1e-10  # 1 - cos² below which a direction adds nothing to those before it
+
+
+class QuadraticFit(NamedTuple):
+    """The best coefficients (..., k) of the directions, and change = M(δ) - M(0) <= 0 (...)."""
+
+    coefficients: Any
+    change: Any
+
+
+def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT, damping: Scalar, /) -> QuadraticFit:
+    """The c that minimises M(Σ c_j d_j), for directions d_j of which only inner products are needed.
+
+    k = 1 is the rescaling of Section 6.4, c = (α,); k = 2 with the last update as the second direction is the
+    momentum of Section 7, c = (α, μ). A direction that is zero, or parallel to those before it, gets 0, which is
+    still a minimiser. A NaN or infinity gives NaN.
+
+    Args:
+        curvature_gram: (..., k, k), d_iᵀ F d_j with the exact F.
+        direction_gram: (..., k, k), d_iᵀ d_j.
+        slopes: (..., k), ∇hᵀ d_j.
+        damping: λ + η, what is added to the curvature itself.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, namespaces or devices differ; negative damping.
+
+    >>> import numpy as np
+    >>> fit = fit_quadratic(np.asarray([[3.0]]), np.asarray([[1.0]]), np.asarray([-2.0]), 1.0)
+    >>> float(fit.coefficients[0]), float(fit.change)
+    (0.5, -0.5)
+    """
+    damping = _array.nonnegative("damping", damping)
+    b = _array.resolve(curvature_gram=curvature_gram, direction_gram=direction_gram, slopes=slopes)
+    k = slopes.shape[-1]
+    for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
+        _array.operand(b, name, gram, (k, k))
+    Q = _linalg.symmetrised(_array.widened(b, curvature_gram) + damping * _array.widened(b, direction_gram))
+    finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(slopes), axis=-1)
+    Q = b.xp.where(finite[..., None, None], Q, _array.NAN)  # the whole member is NaN then
+    # In units where each direction has curvature 1, so that a parallel one is known by its cosine.
+    curvature = b.xp.linalg.diagonal(Q)
+    unit = 1 / b.xp.sqrt(b.xp.where(curvature <= 0, 1.0, curvature))
+    fit = _line_searches(
+        b, unit[..., :, None] * Q * unit[..., None, :], unit * _array.widened(b, slopes), max(PARALLEL, 10 * k * b.eps)
+    )
+    return QuadraticFit(*(_array.narrowed(b, x, b.dtype) for x in (unit * fit.coefficients, fit.change)))
+
+
+def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], /) -> Any:
+    """The matrix of Σ_layers <d_i, e_j>, for directions d_i and others e_j of one matrix a layer.
+
+    It accumulates in float64 where the device has it: in float32 the changes of the loss late in training drown in the
+    rounding of the sum.
+
+    >>> import numpy as np
+    >>> d, e = (np.ones((2, 2)), np.ones((1, 3))), (np.ones((2, 2)), np.zeros((1, 3)))
+    >>> inner_products([d], [d, e])
+    array([[7., 4.]])
+    """
+    b = _array.resolve(**{f"directions[0][{i}]": X for i, X in enumerate(directions[0])})
+
+    def product(d: Sequence[Any], e: Sequence[Any]) -> Any:
+        return reduce(add, (b.xp.sum(X * Y, dtype=b.widest) for X, Y in zip(d, e, strict=True)))
+
+    rows: list[list[Any]] = []
+    for i, d in enumerate(directions):
+        known = [row[i] for row in rows] if directions is others else []  # a Gram matrix is symmetric
+        rows.append([*known, *(product(d, e) for e in others[len(known) :])])
+    return b.xp.stack([b.xp.stack(row) for row in rows])
+
+
+def _line_searches(b: _array.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
+    """The minimiser of ½ cᵀQc + slopesᵀc: directions made conjugate one by one, and one line search along each."""
+    xp, k = b.xp, slopes.shape[-1]
+    coefficients, change = 0 * slopes, 0 * slopes[..., 0]
+    conjugate: list[tuple[Any, Any, Any]] = []
+    for j in range(k):
+        p = xp.astype(b.eye(k), slopes.dtype)[j, ...] + 0 * slopes
+        for q, Qq, inverse_curvature in conjugate:
+            p = p - (inverse_curvature * Qq[..., j])[..., None] * q
+        Qp = xp.vecdot(Q, p[..., None, :])
+        curvature = xp.vecdot(p, Qp)  # 1 - cos² between this direction and those before it
+        dropped = curvature <= parallel
+        inverse_curvature = xp.where(dropped, 0.0, 1 / xp.where(dropped, 1.0, curvature))
+        slope = xp.vecdot(p, slopes)
+        coefficients = coefficients - (inverse_curvature * slope)[..., None] * p
+        change = change - 0.5 * inverse_curvature * slope * slope
+        conjugate.append((p, Qp, inverse_curvature))
+    return QuadraticFit(coefficients, change)
+
+
+def reduction_ratio(loss_before: float, loss_after: float, change: float, /) -> float:
+    """ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)): 1 where the model predicts the loss exactly (Section 6.5). NaN where the
+    model predicts no change. Numbers, or 0-d arrays, which are read on the host.
+
+    >>> reduction_ratio(10.0, 7.0, -4.0)
+    0.75
+    """
+    return float((loss_after - loss_before) / change) if change != 0 else math.nan
+
+
+def levenberg_marquardt(damping: float, ratio: float, /, *, omega: float) -> float:
+    """The next λ: omega * damping where ρ > 3/4, damping / omega where ρ < 1/4 or is NaN (Section 6.5).
+
+    Raises:
+        ValueError: damping is negative or omega is not in (0, 1].
+
+    >>> [levenberg_marquardt(1.0, ratio, omega=0.5) for ratio in (0.9, 0.5, 0.1, float("nan"))]
+    [0.5, 1.0, 2.0, 2.0]
+    """
+    if not 0 < omega <= 1:
+        raise ValueError(f"omega is {omega}, expected a number in (0, 1]")
+    damping = float(_array.nonnegative("damping", damping))
+    if ratio > 0.75:
+        return omega * damping
+    return damping if ratio >= 0.25 else damping / omega
