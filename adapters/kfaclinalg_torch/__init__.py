@@ -1,0 +1,6 @@
+"""K-FAC for PyTorch: the optimizer `KFAC`, and what collects the statistics of a model for it."""
+
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .optimizer import KFAC
+
+__all__ = ["KFAC", "Bernoulli", "Categorical", "Gaussian", "Likelihood"]

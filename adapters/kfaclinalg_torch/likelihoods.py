@@ -1,0 +1,115 @@
+"""The likelihoods of a network's outputs z: loss, samples and the Fisher matrix F_R of the outputs (Appendix C).
+
+Each loss is minus the log likelihood, summed over output units, mean over examples. z are natural parameters
+(logits, means), for which F_R is also the Hessian of the loss with respect to z.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Likelihood(Protocol):
+    """What `KFAC` asks of a likelihood; it may also have a method `check(outputs, targets)` that raises ValueError."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Targets drawn from the model's own distribution."""
+
+    def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """F_R times the tangents, an example at a time; shaped like the outputs."""
+
+
+class Bernoulli:
+    """p = sigmoid(z), targets in [0, 1]; F_R = diag(p (1 - p))."""
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        _check_shape("bernoulli", outputs, targets)
+        _check_range("bernoulli", targets, 0, 1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        return _mean_over_examples(losses)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(outputs), generator=generator)
+
+    def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        p = torch.sigmoid(outputs)
+        return p * (1 - p) * tangents
+
+
+class Categorical:
+    """p = softmax(z) over the last dimension, targets are class indices (N,); F_R = diag(p) - p pᵀ."""
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}, "
+                "expected class indices (N,) for outputs (N, classes)"
+            )
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise ValueError(f"targets have dtype {targets.dtype}, expected integer class indices")
+        _check_range("categorical", targets, 0, outputs.shape[1] - 1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return _mean_over_examples(functional.cross_entropy(outputs, targets.long(), reduction="none"))
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.multinomial(torch.softmax(outputs, dim=-1), 1, generator=generator)[:, 0]
+
+    def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        p = torch.softmax(outputs, dim=-1)
+        weighted = p * tangents
+        return weighted - p * weighted.sum(dim=-1, keepdim=True)
+
+
+class Gaussian:
+    """Mean z and unit variance, the constant left out: ½ ‖y - z‖²; F_R = I."""
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        _check_shape("gaussian", outputs, targets)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return _mean_over_examples(0.5 * (targets - outputs) ** 2)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        return outputs + noise
+
+    def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        return tangents
+
+
+LIKELIHOODS: dict[str, Likelihood] = {
+    "bernoulli": Bernoulli(),
+    "categorical": Categorical(),
+    "gaussian": Gaussian(),
+}
+
+
+def _mean_over_examples(losses: Tensor) -> Tensor:
+    # float64: late in training ρ compares losses that differ in the sixth digit
+    return losses.sum(dtype=torch.float64) / losses.shape[0]
+
+
+def _check_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, expected {tuple(outputs.shape)}, that of the outputs ({name})"
+        )
+    if targets.dtype != outputs.dtype:
+        raise ValueError(f"targets have dtype {targets.dtype}, expected {outputs.dtype}, that of the outputs ({name})")
+
+
+def _check_range(name: str, targets: Tensor, low: int, high: int) -> None:
+    """NaN passes: it makes the loss NaN, and the step is refused."""
+    if bool(((targets < low) | (targets > high)).any()):
+        raise ValueError(
+            f"targets lie in [{targets.min().item()}, {targets.max().item()}], expected [{low}, {high}] ({name})"
+        )

@@ -1,0 +1,157 @@
+"""K-FAC as a `torch.optim.Optimizer`: a model, its layers and the state of `kfaclinalg.kfac_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfaclinalg import (
+    BlockDiagonal,
+    Factors,
+    KFACOptions,
+    KFACState,
+    Kronecker,
+    LayerFactors,
+    Link,
+    StepInfo,
+    kfac_step,
+)
+
+from .layers import trained_layers
+from .likelihoods import LIKELIHOODS, Likelihood
+from .problem import Batch, NetworkProblem
+
+
+class KFAC(torch.optim.Optimizer):
+    """Algorithm 2 of Martens & Grosse (2015) for a model whose trained parameters belong to `nn.Linear` layers.
+
+    A step needs the mini-batch, not a loss: targets for the curvature are sampled from the model's own distribution,
+    and the length of the step comes from the exact quadratic model. There is no learning rate.
+
+    Args:
+        model: any module; each trained `nn.Linear` is used once a forward pass, on inputs (N, features).
+        likelihood: "bernoulli" (outputs are logits), "categorical" (logits; targets are class indices) or "gaussian"
+            (means, unit variance), or an object with the methods of `kfaclinalg_torch.Likelihood`.
+        options: the fields of `kfaclinalg.KFACOptions`, by name. Without a `generator` one is made, seeded from
+            torch's global one.
+
+    Raises:
+        ValueError: a trainable parameter outside `nn.Linear`, a tied one, a wrong option; all are named.
+
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = KFAC(model, "gaussian", damping=0.1)
+    >>> loss = optimizer.step(torch.ones(4, 2), torch.zeros(4, 1))
+    >>> optimizer.info.refused
+    \'\'
+    """
+
+    info: StepInfo | None  #: what happened in the last step
+
+    def __init__(self, model: nn.Module, likelihood: str | Likelihood, **options: Any) -> None:
+        self.model, self.layers, self.likelihood = model, trained_layers(model), _likelihood(likelihood)
+        self.options = KFACOptions(**options).checked()
+        if self.options.generator is None:
+            self.options = self.options._replace(generator=_new_generator(self.layers[0].module.weight.device))
+        self.info = None
+        self._state: KFACState | None = None
+        super().__init__([p for p in model.parameters() if p.requires_grad], {})
+        self.param_groups = [_Group(group) for group in self.param_groups]
+
+    @property
+    def factors(self) -> Factors | None:
+        """The moving averages of the second moments; None before the first step."""
+        return self._state.factors if self._state else None
+
+    def step(self, inputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> float:  # type: ignore[override]
+        """One iteration on this mini-batch; returns the loss before it, weight decay included.
+
+        A step that would not be finite is refused: the parameters stay, and `info.refused` says why.
+
+        Args:
+            inputs: what the model takes, the batch first; a tuple for a model of several arguments.
+            targets: what the likelihood takes, the batch first.
+
+        Raises:
+            ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used
+                exactly once. Nothing has changed then.
+        """
+        problem = NetworkProblem(self.model, self.layers, self.likelihood, Batch(inputs, targets), self.options)
+        weights = tuple(layer.matrix() for layer in self.layers)
+        moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
+        if not self.info.refused:
+            for layer, W in zip(self.layers, moved, strict=True):
+                layer.assign(W)
+        return self.info.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, the generator's state too, in tensors, numbers and lists."""
+        state = self._state
+        return {
+            "state": {} if state is None else _packed(state),
+            "param_groups": super().state_dict()["param_groups"],
+            "generator": self.options.generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, bitwise as if there had been no stop.
+
+        Raises:
+            ValueError: it belongs to a model with other layers.
+        """
+        state = _unpacked(state_dict["state"], self.layers[0].module.weight) if state_dict["state"] else None
+        shapes = [tuple(layer.matrix().shape) for layer in self.layers]
+        if state is not None and (found := [block.shape for block in state.inverse.blocks]) != shapes:
+            raise ValueError(f"the state is of layers with shapes {found}, expected {shapes}")
+        self._state = state
+        self.options.generator.set_state(state_dict["generator"])
+
+
+class _Group(dict[str, Any]):
+    """A parameter group that tells a learning-rate scheduler why there is no "lr"."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "lr":
+            raise ValueError("KFAC has no learning rate to schedule: the exact quadratic model sets the step's length")
+        raise KeyError(key)
+
+
+def _likelihood(likelihood: str | Likelihood) -> Likelihood:
+    if not isinstance(likelihood, str):
+        missing = [name for name in ("loss", "sample", "fisher_product") if not hasattr(likelihood, name)]
+        if missing:
+            raise ValueError(f"likelihood {likelihood!r} lacks the methods {', '.join(missing)}")
+        return likelihood
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(map(repr, LIKELIHOODS))}")
+    return LIKELIHOODS[likelihood]
+
+
+def _new_generator(device: torch.device) -> torch.Generator:
+    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _packed(state: KFACState) -> dict[str, Any]:
+    return {
+        "iteration": state.iteration,
+        "damping": state.damping,
+        "gamma": state.gamma,
+        "layers": [list(pair) for pair in state.factors.layers] if state.factors else [],
+        "links": [list(pair) for pair in state.factors.links] if state.factors else [],
+        "inverse": [[block.A, block.B] for block in state.inverse.blocks] if state.inverse else [],
+        "update": list(state.update) if state.update else [],
+    }
+
+
+def _unpacked(packed: dict[str, Any], like: Tensor) -> KFACState:
+    def pairs(name: str) -> list[list[Tensor]]:
+        return [[x.to(like) for x in pair] for pair in packed[name]]
+
+    factors = Factors(
+        tuple(LayerFactors(*pair) for pair in pairs("layers")), tuple(Link(*pair) for pair in pairs("links"))
+    )
+    inverse = BlockDiagonal(tuple(Kronecker(*pair) for pair in pairs("inverse")))
+    update = tuple(x.to(like) for x in packed["update"]) or None
+    return KFACState(packed["iteration"], packed["damping"], packed["gamma"], factors, inverse, update)

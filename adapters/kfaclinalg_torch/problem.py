@@ -1,0 +1,135 @@
+"""One mini-batch of a torch model as the `Problem` that `kfaclinalg.kfac_step` iterates on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from kfaclinalg import Factors, KFACOptions, batch_factors, homogeneous, moving_average
+
+from .layers import Layer, captured, single_uses
+from .likelihoods import Likelihood
+
+Matrices = tuple[Tensor, ...]
+
+
+class Batch:
+    """`inputs` (a tensor or a tuple of them) and `targets`, the examples along the first dimension of each."""
+
+    def __init__(self, inputs: Any, targets: Tensor) -> None:
+        self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self.targets = targets
+        if not self.inputs or not all(isinstance(x, Tensor) and x.ndim > 0 for x in (*self.inputs, targets)):
+            raise ValueError("expected inputs (a tensor or a tuple of tensors) and targets (a tensor), the batch first")
+        sizes = [x.shape[0] for x in (*self.inputs, targets)]
+        if len(set(sizes)) > 1 or sizes[0] == 0:
+            raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
+
+    def __len__(self) -> int:
+        return int(self.targets.shape[0])
+
+    def __getitem__(self, examples: Any) -> Batch:
+        return Batch(tuple(x[examples] for x in self.inputs), self.targets[examples])
+
+    def subset(self, fraction: float, generator: torch.Generator) -> Batch:
+        """A random fraction of the examples, one at least."""
+        size = max(1, round(fraction * len(self)))
+        if size == len(self):
+            return self
+        return self[
+            torch.randperm(len(self), generator=generator, device=generator.device)[:size].to(self.targets.device)
+        ]
+
+    def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
+        """The batch in pieces of at most `size` examples, each with its share of the whole."""
+        size = size or len(self)
+        for start in range(0, len(self), size):
+            piece = self[start : start + size] if size < len(self) else self
+            yield len(piece) / len(self), piece
+
+
+class NetworkProblem:
+    """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch (`kfaclinalg.Problem`)."""
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood, batch: Batch, options: KFACOptions
+    ) -> None:
+        self.model, self.layers, self.likelihood = model, layers, likelihood
+        self.batch, self.options = batch, options
+
+    def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
+        """h and ∇h on S'."""
+        h: Any = 0.0
+        gradient: tuple[Any, ...] = tuple(0.0 for _ in weights)
+        for share, piece in self._pieces(self.batch):
+            with torch.enable_grad(), captured(self.layers) as uses:
+                leaves = _leaves(weights)
+                outputs = self._outputs(piece, *leaves)
+                single_uses(uses)
+                self._check(outputs, piece.targets)
+                loss = share * self.likelihood.loss(outputs, piece.targets)
+                parts = torch.autograd.grad(loss, leaves)
+            h, gradient = h + loss.detach(), tuple(map(add, gradient, parts))
+        return h, gradient
+
+    def loss(self, weights: Matrices) -> Tensor:
+        """h on S'."""
+        h: Any = 0.0
+        for share, piece in self._pieces(self.batch):
+            with torch.no_grad():
+                h = h + share * self.likelihood.loss(self._outputs(piece, *weights), piece.targets)
+        return h
+
+    def factors(self, weights: Matrices, links: bool) -> Factors:
+        """The second moments on S1, with targets sampled from the model's own distribution."""
+        average: Any = None
+        seen = 0.0
+        for share, piece in self._pieces(self._subset(self.options.statistics_fraction)):
+            with torch.enable_grad(), captured(self.layers) as uses:
+                outputs = self._outputs(piece, *_leaves(weights))
+                used = single_uses(uses)
+                targets = self.likelihood.sample(outputs.detach(), self.options.generator)
+                loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
+                g = torch.autograd.grad(loss, [use.outputs for use in used])
+            a = [homogeneous(u.inputs) if x.has_bias else u.inputs for x, u in zip(self.layers, used, strict=True)]
+            average = moving_average(average, batch_factors(a, g, links=links), decay=seen / (seen + share))
+            seen += share
+        return average
+
+    def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Tensor:
+        """(J d_i)ᵀ F_R (J d_j), mean over S2, from one forward-mode product a direction (Appendix C)."""
+        total: Any = 0.0
+        for share, piece in self._pieces(self._subset(self.options.curvature_fraction)):
+            with torch.no_grad():
+                pushed: list[Any] = [jvp(partial(self._outputs, piece), weights, d) for d in directions]
+                products = [self.likelihood.fisher_product(outputs, Jd) for outputs, Jd in pushed]
+                rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
+                total = total + share / len(piece) * torch.stack(rows)
+        return total
+
+    def _outputs(self, batch: Batch, *weights: Tensor) -> Tensor:
+        """The model's outputs, with these weights in the place of its own."""
+        parameters: dict[str, Tensor] = {}
+        for layer, W in zip(self.layers, weights, strict=True):
+            parameters |= layer.parameters(W)
+        return functional_call(self.model, parameters, batch.inputs)
+
+    def _subset(self, fraction: float) -> Batch:
+        return self.batch.subset(fraction, self.options.generator)
+
+    def _pieces(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
+        return batch.chunks(self.options.chunk_size)
+
+    def _check(self, outputs: Tensor, targets: Tensor) -> None:
+        if check := getattr(self.likelihood, "check", None):
+            check(outputs, targets)
+
+
+def _leaves(weights: Matrices) -> Matrices:
+    return tuple(W.detach().requires_grad_() for W in weights)
