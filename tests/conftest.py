@@ -1,0 +1,19 @@
+"""The table of errors over eps, and the settings of hypothesis."""
+
+import pytest
+from hypothesis import settings
+from matrices import worst
+
+settings.register_profile("kfaclinalg", max_examples=20, deadline=None, derandomize=True)
+settings.load_profile("kfaclinalg")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--errors", action="store_true", help="print the largest error seen, over the unit of its bound")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--errors"):
+        terminalreporter.section("largest c, error = c * unit of the bound (c <= 10)")
+        for (operation, backend), c in sorted(worst.items()):
+            terminalreporter.line(f"{operation:28} {backend:24} {c:8.3f}")

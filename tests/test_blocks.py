@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from backends import NUMPY, every_backend
+from matrices import Sample, judge
+
+from kfaclinalg import BlockDiagonal, Kronecker, testing
+
+SHAPES = [(3, 4), (2, 3), (1, 2)]  # (m, n) a layer
+
+
+def example(b):
+    """The operator, its dense blocks, and one V a layer."""
+    factors = [(Sample(n, decades=0.2, seed=n).spd(b), Sample(m, decades=0.2, seed=m).spd(b)) for m, n in SHAPES]
+    blocks = [testing.dense_kronecker(A, B) for A, B in factors]
+    Vs = [Sample(1, seed=i).normal(b, *shape) for i, shape in enumerate(SHAPES)]
+    return [tuple(map(b.array, pair)) for pair in factors], blocks, Vs
+
+
+def stacked(Vs):
+    return np.concatenate([testing.vec(V) for V in Vs])
+
+
+def assembled(blocks):
+    size = sum(len(block) for block in blocks)
+    dense, start = np.zeros((size, size)), 0
+    for block in blocks:
+        dense[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return dense
+
+
+@every_backend
+def test_against_the_dense_matrix(b):
+    factors, blocks, Vs = example(b)
+    dense, v = assembled(blocks), stacked(Vs)
+
+    def run(f):
+        return b.jit(lambda factors, Vs: f(BlockDiagonal(tuple(Kronecker(*pair) for pair in factors)), Vs))(
+            factors, tuple(map(b.array, Vs))
+        )
+
+    def flat(Us):
+        return stacked([b.numpy(U) for U in Us])
+
+    bound = testing.inverse_bound(np.linalg.cond(dense), b.eps)
+    np.testing.assert_allclose(flat(run(lambda F, Vs: F @ Vs)), dense @ v, atol=100 * b.eps)
+    np.testing.assert_allclose(flat(run(lambda F, Vs: F.apply(Vs))), dense @ v, atol=100 * b.eps)
+    judge(
+        b, "BlockDiagonal.inverse", testing.backward_error(dense, flat(run(lambda F, Vs: F.inverse() @ Vs)), v), bound
+    )
+    judge(b, "BlockDiagonal.solve", testing.backward_error(dense, flat(run(lambda F, Vs: F.solve(Vs))), v), bound)
+    np.testing.assert_allclose(b.numpy(run(lambda F, Vs: F.to_dense())), dense, atol=10 * b.eps)
+    np.testing.assert_allclose(flat(run(lambda F, Vs: F.diagonal())), np.diagonal(dense), rtol=10 * b.eps)
+    assert b.numpy(run(lambda F, Vs: F.trace())) == pytest.approx(np.trace(dense), rel=100 * b.eps)
+    assert b.numpy(run(lambda F, Vs: F.logdet())) == pytest.approx(np.linalg.slogdet(dense)[1], rel=bound)
+
+
+def test_a_block_in_the_wrong_place_is_caught():
+    factors, blocks, _ = example(NUMPY)
+    dense = BlockDiagonal(tuple(Kronecker(*pair) for pair in factors[::-1])).to_dense()
+    assert not np.allclose(dense, assembled(blocks))
+
+
+@every_backend
+def test_a_failing_block_leaves_the_others(b):
+    F = BlockDiagonal(tuple(Kronecker(b.array(A * np.eye(2)), b.array(np.eye(1))) for A in (1.0, -1.0)))
+    V = b.array(np.ones((1, 2)))
+    good, bad = F.inverse() @ (V, V)
+    assert (b.numpy(good) == 1).all()
+    assert np.isnan(b.numpy(bad)).all()
+
+
+def test_mistakes_are_refused():
+    block = Kronecker(np.eye(1), np.eye(1))
+    with pytest.raises(ValueError, match="expected a tuple of one operator or more"):
+        BlockDiagonal(())
+    with pytest.raises(ValueError, match="got 2 matrices, expected 1, one a block"):
+        BlockDiagonal((block,)) @ (np.ones((1, 1)), np.ones((1, 1)))
+    with pytest.raises(ValueError, match=r"V has shape \(2, 1\)"):
+        BlockDiagonal((block,)) @ (np.ones((2, 1)),)

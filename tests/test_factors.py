@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from backends import every_backend
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfaclinalg import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
+
+
+def moments(x, y):
+    """E[x yᵀ] example by example, in float64."""
+    return sum(np.outer(x_i, y_i) for x_i, y_i in zip(x, y, strict=True)) / len(x)
+
+
+@every_backend
+def test_factors_are_the_second_moments(b):
+    rng = np.random.default_rng(0)
+    N, sizes = 7, [(3, 2), (4, 5), (1, 3)]
+    a = [rng.standard_normal((N, n)).astype(b.dtype) for n, _ in sizes]
+    g = [rng.standard_normal((N, m)).astype(b.dtype) for _, m in sizes]
+    factors = b.jit(lambda a, g: batch_factors(a, g, links=True))([b.array(x) for x in a], [b.array(x) for x in g])
+    bound = 10 * N * b.eps
+    for i, layer in enumerate(factors.layers):
+        np.testing.assert_allclose(b.numpy(layer.A), moments(a[i], a[i]), atol=bound)
+        np.testing.assert_allclose(b.numpy(layer.G), moments(g[i], g[i]), atol=bound)
+    assert len(factors.links) == 2
+    for i, link in enumerate(factors.links):
+        np.testing.assert_allclose(b.numpy(link.A), moments(a[i], a[i + 1]), atol=bound)
+        np.testing.assert_allclose(b.numpy(link.G), moments(g[i], g[i + 1]), atol=bound)
+
+
+@every_backend
+@pytest.mark.parametrize("n", [1, 7, 33])
+def test_factors_are_exactly_symmetric(b, n):
+    a = b.array(np.random.default_rng(n).standard_normal((13, n)))
+    A = b.numpy(batch_factors([a], [a]).layers[0].A)
+    np.testing.assert_array_equal(A, A.T)
+
+
+@every_backend
+def test_leading_dimensions_are_a_batch(b):
+    a = np.random.default_rng(0).standard_normal((2, 5, 3))
+    A = b.numpy(batch_factors([b.array(a)], [b.array(a)]).layers[0].A)
+    np.testing.assert_allclose(A[1], moments(a[1], a[1]), atol=50 * b.eps)
+
+
+@every_backend
+def test_homogeneous_adds_ones_last(b):
+    assert b.numpy(homogeneous(b.array([[2, 3], [4, 5]]))).tolist() == [[2, 3, 1], [4, 5, 1]]
+
+
+@every_backend
+def test_links_are_left_out_unless_asked_for(b):
+    a = b.array(np.ones((2, 1)))
+    assert batch_factors([a, a], [a, a]).links == ()
+
+
+def factors_of(b, value):
+    x = b.array(np.full((1, 1), value))
+    return Factors((LayerFactors(x, 2 * x),) * 2, (Link(3 * x, 4 * x),))
+
+
+@every_backend
+def test_moving_average(b):
+    new = factors_of(b, 2.0)
+    assert moving_average(None, new, decay=0.5) is new
+    mixed = moving_average(factors_of(b, 1.0), new, decay=0.75)
+    assert [b.numpy(x).item() for x in (*mixed.layers[1], *mixed.links[0])] == [1.25, 2.5, 3.75, 5.0]
+
+
+@given(values=st.lists(st.floats(-1, 1), min_size=1, max_size=20))
+def test_the_average_starts_as_the_plain_mean(values):
+    """ε = 1 - 1/k: no start value biases it."""
+    average = None
+    for k, value in enumerate(values, start=1):
+        new = Factors((LayerFactors(np.full((1, 1), value), np.ones((1, 1))),))
+        average = moving_average(average, new, decay=averaging_decay(k))
+    np.testing.assert_allclose(average.layers[0].A.item(), np.mean(values), atol=1e-14)
+
+
+def test_averaging_decay():
+    assert averaging_decay(1) == 0
+    assert averaging_decay(20) == pytest.approx(0.95)
+    assert averaging_decay(21) == 0.95
+    assert averaging_decay(1000, maximum=0.5) == 0.5
+    with pytest.raises(ValueError, match="iteration is 0"):
+        averaging_decay(0)
+
+
+ONE = np.ones((2, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: batch_factors([ONE], []), "got 1 inputs and 0 output_gradients"),
+        (lambda: batch_factors([], []), "got 0 inputs"),
+        (lambda: batch_factors([ONE], [ONE[:1]]), r"output_gradients\[0\] has shape \(1, 1\), expected .* same N > 0"),
+        (lambda: batch_factors([ONE[:0]], [ONE[:0]]), r"inputs\[0\] has shape \(0, 1\)"),
+        (lambda: batch_factors([ONE[:, 0]], [ONE]), r"inputs\[0\] has shape \(2,\)"),
+        (lambda: homogeneous(ONE[:, 0]), r"a has shape \(2,\), expected \(\.\.\., N, d\)"),
+        (lambda: moving_average(None, Factors(()), decay=1.5), r"decay is 1.5, expected a number in \[0, 1\]"),
+        (
+            lambda: moving_average(batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2), decay=0.5),
+            "new has",
+        ),
+    ],
+)
+def test_mistakes_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_mixed_dtypes_are_refused():
+    with pytest.raises(TypeError, match=r"output_gradients\[0\] has dtype float32, expected float64"):
+        batch_factors([ONE], [ONE.astype(np.float32)])

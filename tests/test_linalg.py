@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+from backends import NUMPY, STRICT, Backend, eager_backends, every_backend
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import FIXED, Sample, judge, members, samples
+
+from kfaclinalg import _array, _linalg, testing
+
+
+def backend(b: Backend) -> _array.Backend:
+    return _array.resolve(x=b.array(np.zeros(1)))
+
+
+def check_factor(b: Backend, sample: Sample) -> None:
+    M = sample.spd(b)
+    L = b.numpy(_linalg.cholesky(backend(b), b.array(M)))
+    np.testing.assert_array_equal(L, np.tril(L))
+    for M_i, L_i in members(M, L):
+        error = np.linalg.norm((L_i @ L_i.T - M_i).astype(float)) / np.linalg.norm(M_i.astype(float))
+        judge(b, "cholesky", error, testing.solve_bound(sample.n, b.eps))
+
+
+def check_substitution(b: Backend, sample: Sample) -> None:
+    L, X = np.linalg.cholesky(sample.spd(b)).astype(b.dtype).astype(float), sample.normal(b, sample.n, 2)
+    Y = b.numpy(_linalg.forward_substitution(backend(b), b.array(L), b.array(X)))
+    Z = b.numpy(_linalg.back_substitution(backend(b), b.array(L), b.array(X)))
+    for L_i, X_i, Y_i, Z_i in members(L, X, Y, Z):
+        bound = testing.solve_bound(sample.n, b.eps)
+        judge(b, "forward substitution", testing.backward_error(L_i, Y_i, X_i), bound)
+        judge(b, "back substitution", testing.backward_error(L_i.T, Z_i, X_i), bound)
+
+
+def check_eigh(b: Backend, sample: Sample) -> None:
+    M = sample.spd(b)
+    w, Q = map(b.numpy, _linalg.eigh(backend(b), b.array(M)))
+    for M_i, Q_i, w_i in zip(*(x.reshape(-1, *M.shape[-2:]) for x in (M, Q)), w.reshape(-1, sample.n), strict=True):
+        bound = testing.solve_bound(sample.n, b.eps)
+        judge(b, "eigh", np.linalg.norm((Q_i * w_i) @ Q_i.T - M_i) / np.linalg.norm(M_i), bound)
+        judge(b, "eigh orthogonality", np.linalg.norm(Q_i.T @ Q_i - np.eye(sample.n)), bound)
+
+
+CHECKS = [check_factor, check_substitution, check_eigh]
+
+
+@every_backend
+@pytest.mark.parametrize("sample", FIXED, ids=str)
+@pytest.mark.parametrize("check", CHECKS)
+def test_errors_are_within_their_bounds(b, sample, check):
+    check(b, sample)
+
+
+@eager_backends
+@given(sample=samples)
+def test_errors_are_within_their_bounds_for_random_matrices(b, sample):
+    for check in CHECKS:
+        check(b, sample)
+
+
+@eager_backends
+@given(n=st.integers(2, 12), seed=st.integers(0, 1000))
+def test_an_indefinite_matrix_never_gives_a_factor(b, n, seed):
+    """Clearly indefinite: one eigenvalue of -√eps beside those in [√eps, 1]."""
+    eigenvalues = testing.spectrum("geometric", n, condition=b.eps**-0.5)
+    M = testing.spd_matrix([-(b.eps**0.5), *eigenvalues[1:]], np.random.default_rng(seed))
+    for stack in (M, np.stack([M, M])):
+        assert np.isnan(b.numpy(_linalg.cholesky(backend(b), b.array(stack)))).all()
+
+
+def test_a_partial_factor_is_rejected(monkeypatch):
+    """CuPy leaves the trailing block as it was, and says nothing."""
+    b = backend(STRICT[0])
+    xp = b.xp
+    monkeypatch.setattr(xp.linalg, "cholesky", xp.tril)
+    M = STRICT[0].array(np.stack([np.eye(3), 4 * np.eye(3)]))  # the first is its own factor, the second is not
+    L = STRICT[0].numpy(_linalg.cholesky(b, M))
+    np.testing.assert_array_equal(L[0], np.eye(3))
+    assert np.isnan(L[1]).all()
+
+
+@every_backend
+@pytest.mark.parametrize("n", [2, 3, 25, 26, 64])
+def test_eigh_of_nan_is_nan_at_every_size(b, n):
+    M = np.stack([np.eye(n), np.eye(n)])
+    M[1, n - 1, 0] = np.nan
+    w, Q = map(b.numpy, b.jit(lambda M: _linalg.eigh(backend(b), M))(b.array(M)))
+    assert np.isfinite(w[0]).all()
+    assert np.isnan(w[1]).all()
+    assert np.isnan(Q[1]).all()
+
+
+def test_eigh_that_does_not_converge_is_nan_for_that_member(monkeypatch):
+    def fails_on_zero(M):
+        if (np.asarray(M) == 0).all(axis=(-2, -1)).any():
+            raise np.linalg.LinAlgError("did not converge")
+        return eigh(M)
+
+    b = backend(NUMPY)
+    eigh = b.xp.linalg.eigh
+    monkeypatch.setattr(b.xp.linalg, "eigh", fails_on_zero)
+    w, Q = _linalg.eigh(b, np.stack([np.eye(2), np.zeros((2, 2)), 2 * np.eye(2)]))
+    np.testing.assert_array_equal(w, [[1, 1], [np.nan, np.nan], [2, 2]])
+    assert np.isnan(Q[1]).all()
+    assert np.isfinite(Q[::2]).all()
+
+
+def test_the_bounds_catch_the_wrong_triangle(monkeypatch):
+    monkeypatch.setattr(_linalg, "forward_substitution", _linalg.back_substitution)
+    with pytest.raises(AssertionError, match="forward substitution on numpy"):
+        check_substitution(NUMPY, Sample(6))
