@@ -82,7 +82,9 @@ def narrowed(b: Backend, x: Any, dtype: DType) -> Any:
     return x if x.dtype == dtype else b.xp.astype(x, dtype)
 
 
-def widened(b: Backend, x: Any) -> Any:
+def widest(x: Any) -> Any:
+    """`x` in the dtype in which scalars accumulate."""
+    b = resolve(x=x)
     return narrowed(b, x, b.widest)
 
 
@@ -100,6 +102,11 @@ def _same_place(b: Backend, name: str, x: Any) -> None:
         raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as the others are")
     if device(x) != b.device:
         raise ValueError(f"{name} is on device {device(x)}, expected {b.device}, as the others are")
+
+
+def is_placeholder(x: Any) -> bool:
+    """Dynamo rebuilds a dataclass with proxies for its fields: nothing can be checked on those, or need be."""
+    return type(x).__module__ == "torch.fx.proxy"
 
 
 def check_square(**arrays: Any) -> None:

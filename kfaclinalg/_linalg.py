@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,15 @@ def cholesky(b: Backend, M: Any) -> Any:
         L, info = _lapack(b, "potrf")(M.T, lower=True, clean=True)  # M.T: in the order that LAPACK reads
         return L if info == 0 and np.isfinite(np.diagonal(L)).all() else np.full_like(L, NAN)
     if b.kind == "torch":
-        L = import_module("torch").linalg.cholesky_ex(M).L
+        import torch
+
+        L = torch.linalg.cholesky_ex(M).L
     else:
         (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
     d = xp.linalg.diagonal(M)
     d = xp.where(xp.isfinite(d), d, NAN)  # NumPy would warn of infinity - infinity
     tolerance = (M.shape[-1] + 8) * b.eps
-    accepted = (xp.abs(xp.vecdot(L, L) - d) <= tolerance * xp.abs(d)) & (xp.linalg.diagonal(L) > 0)
+    accepted = (xp.abs(xp.sum(L * L, axis=-1) - d) <= tolerance * xp.abs(d)) & (xp.linalg.diagonal(L) > 0)
     return xp.where(xp.all(accepted, axis=-1)[..., None, None], L, NAN)
 
 
@@ -61,13 +62,17 @@ def _solve_triangular(b: Backend, L: Any, X: Any, trans: str) -> Any:
             return _lapack(b, "trtrs")(L, X, lower=True, trans=trans == "T")[0]
         return np.linalg.solve(L.mT if trans == "T" else L, X)
     if b.kind == "torch":
-        solve = import_module("torch").linalg.solve_triangular
-        return solve(L.mT, X, upper=True) if trans == "T" else solve(L, X, upper=False)
+        import torch
+
+        return torch.linalg.solve_triangular(L.mT if trans == "T" else L, X, upper=trans == "T")
     # cupyx and jax guess from the dimensions whether X is a batch of vectors: equal batch shapes leave no doubt
     batch = np.broadcast_shapes(L.shape[:-2], X.shape[:-2])
     L, X = (b.xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (L, X))
-    linalg = import_module("cupyx.scipy.linalg" if b.kind == "cupy" else "jax.scipy.linalg")
-    return linalg.solve_triangular(L, X, lower=True, trans=trans)
+    if b.kind == "cupy":
+        from cupyx.scipy.linalg import solve_triangular
+    else:
+        from jax.scipy.linalg import solve_triangular
+    return solve_triangular(L, X, lower=True, trans=trans)
 
 
 def _substitution(b: Backend, L: Any, X: Any) -> Any:
@@ -88,7 +93,9 @@ def cholesky_inverse(b: Backend, L: Any) -> Any:
         X = _lapack(b, "potri")(L, lower=True)[0]
         return np.where(np.tri(n, dtype=bool), X, X.T)
     if b.kind == "torch":
-        return import_module("torch").cholesky_inverse(L)
+        import torch
+
+        return torch.cholesky_inverse(L)
     K = forward_substitution(b, L, b.eye(n))
     return symmetrised(K.mT @ K)
 

@@ -148,7 +148,7 @@ def _best_step(
     """The step with the lowest M(δ), momentum included, of one for each γ (Sections 6.4, 6.6 and 7)."""
     proposals = [tuple(-U for U in inverse @ gradient) for inverse in inverses.values()]
     directions = [*proposals, *last]
-    F = curvature_gram(directions)  # one call for all, so that J δ0 is computed once
+    F = _array.widest(curvature_gram(directions))  # one call for all, so that J δ0 is computed once
     D, slopes = inner_products(directions, directions), inner_products(directions, [gradient])[:, 0]
     steps = []
     for i, (gamma, inverse) in enumerate(inverses.items()):

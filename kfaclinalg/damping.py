@@ -34,7 +34,8 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected one of {', '.join(map(repr, NORMS))}")
     b = _layer(layer)
-    a, g = (_size(b, M, norm) for M in layer)
+    sizes = (_size(b, M, norm) for M in layer)
+    a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in sizes)
     zero = (a == 0) | (g == 0)
     # √a/√g, not √(a/g): the quotient of two extreme sizes may leave the range
     return b.xp.sqrt(b.xp.where(zero, 1.0, a)) / b.xp.sqrt(b.xp.where(zero, 1.0, g))

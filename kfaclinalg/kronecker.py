@@ -31,6 +31,8 @@ class Kronecker:
     __array_ufunc__: ClassVar[None] = None  # `array @ operator` is a TypeError, not an array of operators
 
     def __post_init__(self) -> None:
+        if _array.is_placeholder(self.A):
+            return
         self._backend()
         _array.check_square(A=self.A, B=self.B)
         _array.check_batches(A=self.A.shape[:-2], B=self.B.shape[:-2])

@@ -47,14 +47,14 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     k = slopes.shape[-1]
     for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
         _array.operand(b, name, gram, (k, k))
-    Q = _linalg.symmetrised(_array.widened(b, curvature_gram) + damping * _array.widened(b, direction_gram))
+    Q = _linalg.symmetrised(_array.widest(curvature_gram) + damping * _array.widest(direction_gram))
     finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(slopes), axis=-1)
     Q = b.xp.where(finite[..., None, None], Q, _array.NAN)  # the whole member is NaN then
     # In units where each direction has curvature 1, so that a parallel one is known by its cosine.
     curvature = b.xp.linalg.diagonal(Q)
     unit = 1 / b.xp.sqrt(b.xp.where(curvature <= 0, 1.0, curvature))
     fit = _line_searches(
-        b, unit[..., :, None] * Q * unit[..., None, :], unit * _array.widened(b, slopes), max(PARALLEL, 10 * k * b.eps)
+        b, unit[..., :, None] * Q * unit[..., None, :], unit * _array.widest(slopes), max(PARALLEL, 10 * k * b.eps)
     )
     return QuadraticFit(*(_array.narrowed(b, x, b.dtype) for x in (unit * fit.coefficients, fit.change)))
 

@@ -99,7 +99,7 @@ def inverse_bound(condition: float, eps: float) -> float:
 
 
 def logdet_bound(n: int, condition: float, logdet: float, eps: float) -> float:
-    """For the absolute error of a log determinant: 10 eps (n cond + n |logdet|)."""
+    """For the absolute error of a log determinant: `10 eps (n cond + n |logdet|)`."""
     return C * eps * n * (condition + abs(logdet))
 
 

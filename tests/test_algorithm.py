@@ -1,0 +1,285 @@
+import math
+
+import numpy as np
+import pytest
+from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
+
+from kfaclinalg import Factors, KFACOptions, LayerFactors, batch_factors, kfac_step, testing
+
+
+class LinearRegression:
+    """h(W) = ½ mean ‖W a - y‖², a quadratic with F = A ⊗ I: the only layer's Fisher matrix is known exactly."""
+
+    def __init__(self, b: Backend, seed: int = 0, N: int = 30, n: int = 4, m: int = 3) -> None:
+        rng = np.random.default_rng(seed)
+        self.b, self.N, self.shape = b, N, (m, n)
+        self.a, self.y = rng.standard_normal((N, n)) * 2.0 ** np.arange(n), rng.standard_normal((N, m))
+        self.A = self.a.T @ self.a / N
+        self.F = testing.dense_kronecker(self.A, np.eye(m))
+        self.inputs, self.targets = b.array(self.a), b.array(self.y)
+        self.start = (b.array(rng.standard_normal((m, n))),)
+
+    def residuals(self, W):
+        return self.inputs @ W.mT - self.targets
+
+    def loss(self, weights):
+        from array_api_compat import array_namespace
+
+        return 0.5 * array_namespace(self.inputs).sum(self.residuals(weights[0]) ** 2) / self.N
+
+    def loss_and_gradient(self, weights):
+        return self.loss(weights), (self.residuals(weights[0]).mT @ self.inputs / self.N,)
+
+    def factors(self, weights, links):
+        return Factors((batch_factors([self.inputs], [self.inputs]).layers[0]._replace(G=self.b.array(np.eye(3))),))
+
+    def curvature_gram(self, weights, directions):
+        from array_api_compat import array_namespace
+
+        xp = array_namespace(self.inputs)
+        pushed = [self.inputs @ D.mT for (D,) in directions]
+        return xp.stack([xp.stack([xp.sum(u * v) / self.N for v in pushed]) for u in pushed])
+
+    @property
+    def optimum(self):
+        return np.linalg.lstsq(self.a, self.y, rcond=None)[0].T
+
+
+# No damping and no adaptation: what remains is linear algebra.
+EXACT = KFACOptions(damping=0.0, weight_decay=0.0)
+
+
+def run(problem, options, steps, state=None):
+    weights, infos = problem.start, []
+    for _ in range(steps):
+        weights, state, info = kfac_step(problem, weights, state, options)
+        infos.append(info)
+    return weights, state, infos
+
+
+@pytest.mark.parametrize("b", [NUMPY, TORCH, *STRICT, *JAX[:2]], ids=str)
+def test_one_undamped_step_solves_a_quadratic(b):
+    problem = LinearRegression(b)
+    weights, _, (info,) = run(problem, EXACT, 1)
+    bound = testing.inverse_bound(np.linalg.cond(problem.A), b.eps)
+    np.testing.assert_allclose(b.numpy(weights[0]), problem.optimum, atol=bound)
+    assert info.alpha == pytest.approx(1, abs=bound)
+    assert (info.mu, info.refused, info.refreshed) == (0.0, "", True)
+
+
+def test_momentum_makes_it_preconditioned_conjugate_gradients():
+    """On a quadratic the (α, μ) of Section 7 give linear CG with the approximate Fisher as the preconditioner."""
+    problem, lam = LinearRegression(NUMPY), 0.3
+    options = KFACOptions(damping=lam, weight_decay=0.0, damping_period=1000, gamma_period=1000, inverse_period=1000)
+    gamma = math.sqrt(lam)
+    pi = math.sqrt(np.trace(problem.A) / 4)
+    preconditioner = testing.dense_kronecker(problem.A + pi * gamma * np.eye(4), (1 + gamma / pi) * np.eye(3))
+
+    Q, w = problem.F + 0 * np.eye(12), testing.vec(problem.start[0])
+    steepest, last = [], None
+    weights, state = problem.start, None
+    for _ in range(4):
+        # What the quadratic model says with λ in it, by dense algebra and a least-squares solver of another kind.
+        gradient = Q @ (w - testing.vec(problem.optimum))
+        delta = -np.linalg.solve(preconditioner, gradient)
+        D = np.stack([delta] if last is None else [delta, last], axis=1)
+        c = np.linalg.lstsq(D.T @ (Q + lam * np.eye(12)) @ D, -D.T @ gradient, rcond=None)[0]
+        last = D @ c
+        w = w + last
+        weights, state, info = kfac_step(problem, weights, state, options)
+        np.testing.assert_allclose(testing.vec(weights[0]), w, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose([info.alpha, info.mu][: len(c)], c, rtol=1e-8)
+        steepest.append(info.change)
+        expected = 0.5 * last @ (Q + lam * np.eye(12)) @ last + gradient @ last
+        assert info.change == pytest.approx(expected, rel=1e-9)
+        assert info.update_norm == pytest.approx(np.linalg.norm(last), rel=1e-9)
+    assert all(change < 0 for change in steepest)
+
+
+def test_undamped_momentum_is_conjugate_gradients():
+    """With λ = 0 the iterates are those of textbook preconditioned CG, a loop that shares nothing with ours."""
+    problem = LinearRegression(NUMPY)
+    P = np.diag([1.0, 3.0, 2.0, 5.0])
+    problem.factors = lambda weights, links: Factors((LayerFactors(P, np.eye(3)),))  # a poor preconditioner
+    optimum, x = testing.vec(problem.optimum), testing.vec(problem.start[0])
+    M = testing.dense_kronecker(P, np.eye(3))
+    r = problem.F @ (optimum - x)
+    z = np.linalg.solve(M, r)
+    p = z
+    weights, state = problem.start, None
+    for _ in range(4):
+        alpha = r @ z / (p @ problem.F @ p)
+        x, r_next = x + alpha * p, r - alpha * problem.F @ p
+        z_next = np.linalg.solve(M, r_next)
+        p, r, z = z_next + (r_next @ z_next) / (r @ z) * p, r_next, z_next
+        weights, state, _ = kfac_step(problem, weights, state, EXACT)
+        np.testing.assert_allclose(testing.vec(weights[0]), x, rtol=1e-8, atol=1e-10)
+
+
+def test_the_reduction_ratio_of_a_quadratic_is_one_and_lambda_falls():
+    # Weight decay is part of h and of M; λ is in M alone, so with λ > 0 the ratio is above 1.
+    problem = LinearRegression(NUMPY)
+    options = EXACT._replace(weight_decay=0.1, damping=0.1, damping_period=2)
+    _, state, infos = run(problem, options, 4)
+    assert [math.isnan(info.ratio) for info in infos] == [True, False, True, False]
+    assert [info.damping for info in infos] == [0.1, 0.1, 0.1, 0.1]  # λ >= η
+    options = options._replace(weight_decay=1e-9)
+    _, state, infos = run(problem, options, 4)
+    assert [info.damping for info in infos] == pytest.approx([0.1, 0.1, 0.1 * 0.95**2, 0.1 * 0.95**2])
+    assert state.damping == pytest.approx(0.1 * 0.95**4)
+
+
+def test_the_loss_includes_the_weight_decay():
+    problem = LinearRegression(NUMPY)
+    _, _, (info,) = run(problem, EXACT._replace(weight_decay=0.5), 1)
+    assert info.loss == pytest.approx(problem.loss(problem.start) + 0.25 * (problem.start[0] ** 2).sum())
+
+
+def test_the_order_of_events():
+    options = KFACOptions(damping=1.0)
+    _, state, infos = run(LinearRegression(NUMPY), options, 45)
+    k = range(1, 46)
+    assert [info.refreshed for info in infos] == [i <= 3 or i % 20 == 0 for i in k]
+    assert [not math.isnan(info.ratio) for info in infos] == [i % 5 == 0 for i in k]
+    gammas = [info.gamma for info in infos]
+    omega2 = math.sqrt(0.95) ** 20
+    assert gammas[:19] == [math.sqrt(1 + 1e-5)] * 19
+    assert any(gammas[19] == pytest.approx(gammas[0] * factor) for factor in (1, omega2, 1 / omega2))
+    assert len(set(gammas[19:39])) == 1
+    assert state.iteration == 45
+    assert all(info.damping >= 1e-5 for info in infos)
+    assert all(info.gamma >= math.sqrt(1e-5) for info in infos)
+
+
+def test_gamma_never_falls_below_the_root_of_the_weight_decay():
+    problem = LinearRegression(NUMPY)
+    options = KFACOptions(damping=0.0, weight_decay=0.01, gamma_period=1, inverse_period=1)
+    _, _, infos = run(problem, options, 30)
+    assert min(info.gamma for info in infos) >= 0.1
+    assert min(info.damping for info in infos) >= 0.01
+
+
+def test_the_best_of_three_gammas_wins_and_keeps_its_inverse():
+    problem = LinearRegression(NUMPY)
+    options = KFACOptions(damping=1.0, weight_decay=0.0, gamma_period=4, inverse_period=4)
+    weights, state = problem.start, None
+    for _ in range(3):
+        weights, state, _ = kfac_step(problem, weights, state, options)
+    factors = (options.omega2, 1.0, 1 / options.omega2)
+    single = options._replace(gamma_period=4000, inverse_period=4)
+    tried = {f: kfac_step(problem, weights, state._replace(gamma=f * state.gamma), single) for f in factors}
+    moved, after, info = kfac_step(problem, weights, state, options)
+    best = min(factors, key=lambda f: tried[f][2].change)
+    assert info.gamma == pytest.approx(best * state.gamma)
+    assert info.change == pytest.approx(tried[best][2].change, rel=1e-12)
+    np.testing.assert_allclose(moved[0], tried[best][0][0], rtol=1e-12)
+    np.testing.assert_allclose(after.inverse.blocks[0].A, tried[best][1].inverse.blocks[0].A, rtol=1e-12)
+
+
+def test_without_momentum():
+    _, state, infos = run(LinearRegression(NUMPY), KFACOptions(momentum="none"), 3)
+    assert [info.mu for info in infos] == [0.0] * 3
+    assert state.update is None
+    _, _, with_momentum = run(LinearRegression(NUMPY), KFACOptions(), 3)
+    assert with_momentum[2].mu != 0
+    assert with_momentum[2].loss < infos[2].loss
+
+
+def test_the_factors_are_averaged():
+    first, second = LinearRegression(NUMPY, 0), LinearRegression(NUMPY, 1)
+    weights, state, _ = kfac_step(first, first.start, None, KFACOptions())
+    np.testing.assert_allclose(state.factors.layers[0].A, first.A, rtol=1e-12)
+    _, state, _ = kfac_step(second, weights, state, KFACOptions())
+    np.testing.assert_allclose(state.factors.layers[0].A, (first.A + second.A) / 2, rtol=1e-12)
+
+
+class Broken(LinearRegression):
+    """One of the problem's answers is not finite."""
+
+    def __init__(self, b, part, value=math.nan):
+        super().__init__(b)
+        self.part, self.value = part, value
+
+    def _broken(self, part, x):
+        return x * self.value if part == self.part else x
+
+    def loss_and_gradient(self, weights):
+        loss, (gradient,) = super().loss_and_gradient(weights)
+        return self._broken("loss", loss), (self._broken("gradient", gradient),)
+
+    def factors(self, weights, links):
+        ((A, G),) = super().factors(weights, links).layers
+        return Factors((LayerFactors(A, self._broken("factors", G)),))
+
+    def curvature_gram(self, weights, directions):
+        return self._broken("curvature", super().curvature_gram(weights, directions))
+
+    def loss(self, weights):
+        moved = weights is not self.start
+        return self._broken("loss after", super().loss(weights)) if moved else super().loss(weights)
+
+
+REASONS = {
+    "loss": "the loss is not finite",
+    "gradient": "the update is not finite",
+    "factors": "the statistics are not finite",
+    "curvature": "the update is not finite",
+    "loss after": "the loss after the step is not finite",
+}
+
+
+@pytest.mark.parametrize("b", [NUMPY, TORCH_FLOAT32, STRICT[0]], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", REASONS)
+def test_a_step_that_is_not_finite_is_refused(b, part, value):
+    options = KFACOptions(damping_period=1)
+    good, bad = LinearRegression(b), Broken(b, part, value)
+    weights, state, _ = kfac_step(good, good.start, None, options)
+    bad.start = weights
+    with np.errstate(invalid="ignore"):
+        same, after, info = kfac_step(bad, weights, state, options)
+    assert info.refused == REASONS[part] or (part == "gradient" and "loss" in info.refused)
+    assert same is weights
+    assert after._replace(damping=state.damping, gamma=state.gamma) == state
+    assert after.damping == pytest.approx(state.damping / 0.95)
+    assert (info.alpha, info.mu, info.change, info.update_norm, info.refreshed) == (0, 0, 0, 0, False)
+
+
+def test_a_refused_first_step_leaves_a_state_to_start_from():
+    bad, good = Broken(NUMPY, "loss"), LinearRegression(NUMPY)
+    weights, state, info = kfac_step(bad, good.start, None, KFACOptions())
+    assert info.refused
+    assert (state.iteration, state.factors, state.inverse, state.update) == (0, None, None, None)
+    weights, state, info = kfac_step(good, weights, state, KFACOptions())
+    assert not info.refused
+    assert state.iteration == 1
+
+
+def test_gamma_rises_where_an_inverse_failed_and_the_run_recovers():
+    problem = LinearRegression(NUMPY)
+    indefinite = Factors((LayerFactors(problem.A - 0.3 * np.linalg.norm(problem.A, 2) * np.eye(4), np.eye(3)),))
+    problem.factors = lambda weights, links: indefinite
+    weights, state, refused = problem.start, None, 0
+    options = KFACOptions(damping=0.01)
+    for _ in range(40):
+        weights, state, info = kfac_step(problem, weights, state, options)
+        refused += bool(info.refused)
+    assert 0 < refused < 39
+    assert state.gamma > 0.1
+    assert problem.loss(weights) < problem.loss(problem.start)
+
+
+@pytest.mark.parametrize("b", [TORCH, STRICT[0], *JAX[:1]], ids=str)
+def test_the_trajectories_of_all_backends_agree(b):
+    options = KFACOptions(gamma_period=6, inverse_period=3, damping_period=2)
+    expected, _, expected_infos = run(LinearRegression(NUMPY), options, 30)
+    weights, _, infos = run(LinearRegression(b), options, 30)
+    np.testing.assert_allclose(b.numpy(weights[0]), expected[0], rtol=1e-9)
+    assert [info.gamma for info in infos] == pytest.approx([info.gamma for info in expected_infos], rel=1e-9)
+    assert [info.loss for info in infos] == pytest.approx([info.loss for info in expected_infos], rel=1e-9)
+
+
+def test_bad_options_and_weights_are_refused_at_the_start():
+    problem = LinearRegression(NUMPY)
+    with pytest.raises(ValueError, match="structure is 'dense', expected one of 'block-diagonal'"):
+        kfac_step(problem, problem.start, None, KFACOptions(structure="dense"))

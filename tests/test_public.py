@@ -1,0 +1,72 @@
+"""The public surface: every name is exported, documented, shown by an example, and in the docs."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import kfaclinalg
+import kfaclinalg_torch
+from kfaclinalg import spd
+
+ROOT = Path(__file__).parents[1]
+CONTRACT = {
+    *("Kronecker", "BlockDiagonal", "LayerFactors", "Link", "Factors", "homogeneous", "batch_factors"),
+    *("moving_average", "averaging_decay", "tikhonov_pi", "factored_tikhonov", "block_diagonal_inverse"),
+    *("QuadraticFit", "fit_quadratic", "reduction_ratio", "levenberg_marquardt", "Problem", "KFACOptions"),
+    *("KFACState", "StepInfo", "kfac_step", "assert_finite", "LinAlgError", "spd", "testing"),
+}
+CORE = [getattr(kfaclinalg, name) for name in kfaclinalg.__all__ if name not in ("spd", "testing")]
+CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet]
+named = pytest.mark.parametrize("thing", [*CORE, kfaclinalg_torch.KFAC], ids=lambda thing: thing.__name__)
+
+
+def test_the_contract_is_exported():
+    assert set(kfaclinalg.__all__) >= CONTRACT
+    for package in (kfaclinalg, kfaclinalg_torch):
+        assert all(hasattr(package, name) for name in package.__all__)
+        public = {
+            name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)
+        }
+        assert public <= set(package.__all__)
+
+
+@named
+def test_it_is_documented(thing):
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert not re.match(rf"{thing.__name__}\(", doc), "the docstring is the generated one"
+
+
+@pytest.mark.parametrize("thing", [t for t in CORE if inspect.isfunction(t)], ids=lambda thing: thing.__name__)
+def test_a_function_says_what_it_raises_and_shows_an_example(thing):
+    doc = inspect.getdoc(thing)
+    if thing is not kfaclinalg.kfac_step:  # its example is a whole Problem: tests/test_algorithm.py
+        assert ">>>" in doc
+    if thing not in (kfaclinalg.reduction_ratio, kfaclinalg.inner_products, kfaclinalg.assert_finite):
+        assert "Raises:" in doc
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["spd", "factors", "damping", "kronecker", "blocks", "curvature", "quadratic", "options", "algorithm", "testing"],
+)
+def test_each_module_is_in_the_reference(module):
+    assert f"kfaclinalg.{module}" in (ROOT / "docs" / "reference.md").read_text()
+
+
+def test_the_fields_of_the_records_are_the_contract():
+    assert kfaclinalg.KFACOptions._fields == (
+        *("structure", "damping", "weight_decay", "momentum", "damping_period", "damping_decay", "gamma_period"),
+        *("gamma_decay", "inverse_period", "statistics_fraction", "curvature_fraction", "averaging_maximum"),
+        *("pi_norm", "chunk_size", "generator"),
+    )
+    assert kfaclinalg.StepInfo._fields == (
+        *("loss", "damping", "gamma", "alpha", "mu", "change", "ratio", "update_norm", "refreshed", "refused"),
+    )
+
+
+def test_the_packages_are_typed():
+    for folder in ("kfaclinalg", "adapters/kfaclinalg_torch"):
+        assert (ROOT / folder / "py.typed").exists()

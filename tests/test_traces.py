@@ -1,0 +1,135 @@
+"""What no value shows: no wait for the device, shapes and devices on torch's `meta`, and `torch.compile`."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfaclinalg import (
+    BlockDiagonal,
+    Factors,
+    Kronecker,
+    LayerFactors,
+    batch_factors,
+    block_diagonal_inverse,
+    factored_tikhonov,
+    fit_quadratic,
+    homogeneous,
+    inner_products,
+    moving_average,
+    spd,
+    tikhonov_pi,
+)
+
+WAITS = ("_linalg_check_errors", "_local_scalar_dense", "allclose", "equal", "nonzero", "is_nonzero")
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on the operations that make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, f"{func} waits for the device"
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "synchronise", [torch.linalg.cholesky, torch.Tensor.item, lambda M: M[M > 0], lambda M: bool((M > 0).all())]
+)
+def test_the_watch_sees_what_waits(synchronise):
+    with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+        synchronise(torch.ones(1, 1))
+
+
+def factors_of(A, G):
+    return Factors((LayerFactors(A, G),))
+
+
+# Everything public that takes A (n, n), G (m, m) and V (m, n), by the shape of its result for n = 3, m = 2.
+HOT = {
+    "spd.inverse": (lambda A, G, V: spd.inverse(A), (3, 3)),
+    "spd.solve": (lambda A, G, V: spd.solve(A, V.mT), (3, 2)),
+    "spd.logdet": (lambda A, G, V: spd.logdet(A), ()),
+    "Kronecker @": (lambda A, G, V: Kronecker(A, G) @ V, (2, 3)),
+    "Kronecker.inverse": (lambda A, G, V: Kronecker(A, G).inverse() @ V, (2, 3)),
+    "Kronecker.solve": (lambda A, G, V: Kronecker(A, G).solve(V), (2, 3)),
+    "Kronecker.logdet": (lambda A, G, V: Kronecker(A, G).logdet(), ()),
+    "Kronecker.trace": (lambda A, G, V: Kronecker(A, G).trace(), ()),
+    "Kronecker.diagonal": (lambda A, G, V: Kronecker(A, G).diagonal(), (2, 3)),
+    "Kronecker.to_dense": (lambda A, G, V: Kronecker(A, G).to_dense(), (6, 6)),
+    "Kronecker.apply_outer": (lambda A, G, V: Kronecker(A, G).apply_outer(G, V.mT), (2, 3)),
+    "BlockDiagonal": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),)).inverse().apply((V,))[0], (2, 3)),
+    "BlockDiagonal.solve": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),)).solve((V,))[0], (2, 3)),
+    "BlockDiagonal.to_dense": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),) * 2).to_dense(), (12, 12)),
+    "homogeneous": (lambda A, G, V: homogeneous(V), (2, 4)),
+    "batch_factors": (lambda A, G, V: batch_factors([V, V], [G, G], links=True).links[0].A, (3, 3)),
+    "moving_average": (
+        lambda A, G, V: moving_average(factors_of(A, G), factors_of(A, G), decay=0.5).layers[0].A,
+        (3, 3),
+    ),
+    "tikhonov_pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G)), ()),
+    "factored_tikhonov": (lambda A, G, V: factored_tikhonov(LayerFactors(A, G), 0.1).G, (2, 2)),
+    "block_diagonal_inverse": (lambda A, G, V: block_diagonal_inverse(factors_of(A, G), 0.1).apply((V,))[0], (2, 3)),
+    "fit_quadratic": (lambda A, G, V: fit_quadratic(G, G, V[:, 0], 0.1).coefficients, (2,)),
+    "inner_products": (lambda A, G, V: inner_products([(A, G)], [(A, G), (A, G)]), (1, 2)),
+}
+# Eigenvalue routines synchronise in torch itself.
+COLD = {
+    "spd.inverse_root": (lambda A, G, V: spd.inverse_root(A, 2), (3, 3)),
+    "Kronecker.inverse_root": (lambda A, G, V: Kronecker(A, G).inverse_root(2) @ V, (2, 3)),
+    "spectral pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G), norm="spectral"), ()),
+}
+hot = pytest.mark.parametrize(("f", "shape"), HOT.values(), ids=HOT)
+
+
+def arguments(device="cpu", dtype=torch.float64):
+    eye = (torch.eye(3, device=device, dtype=dtype), torch.eye(2, device=device, dtype=dtype))
+    return *eye, torch.ones((2, 3), device=device, dtype=dtype)
+
+
+@hot
+def test_the_hot_path_never_waits_for_the_device(f, shape):
+    with NoSynchronisation():
+        f(*arguments())
+
+
+@pytest.mark.parametrize(("f", "shape"), [*HOT.values(), *COLD.values()], ids=[*HOT, *COLD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_value_is_read_and_no_array_is_made_elsewhere(f, shape, dtype):
+    """On `meta` there are no values, and whatever is created on another device cannot be mixed in."""
+    result = f(*arguments("meta", dtype))
+    assert result.device.type == "meta"
+    assert result.dtype == (torch.float64 if f is HOT["inner_products"][0] else dtype)
+    assert result.shape == shape
+
+
+@hot
+def test_torch_compile_takes_it_whole(f, shape):
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # array-api-compat's own caches; Dynamo traces through them
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        compiled = torch.compile(f, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*arguments()), f(*arguments()))
+
+
+def test_inputs_are_never_changed_in_place():
+    rng = np.random.default_rng(0)
+    A, G, V = 3 * np.eye(3), 2 * np.eye(2), rng.standard_normal((2, 3))
+    copies = [x.copy() for x in (A, G, V)]
+    for x in (A, G, V):
+        x.flags.writeable = False
+    for name, (f, _) in (HOT | COLD).items():
+        f(A, G, V)
+        for x, copy in zip((A, G, V), copies, strict=True):
+            np.testing.assert_array_equal(x, copy, err_msg=name)
+
+
+def test_gradients_pass_through():
+    A, G, V = (x.requires_grad_() for x in arguments())
+    assert torch.autograd.gradcheck(lambda A, G, V: Kronecker(A, G).inverse() @ V, (2 * A, 3 * G, V))
+    assert torch.autograd.gradcheck(lambda A, G, V: Kronecker(A, G).solve(V), (2 * A, 3 * G, V))
