@@ -7,20 +7,24 @@ Read in this order: `factors` (what is measured), `damping`, `kronecker` (one la
 from . import spd, testing
 from ._array import LinAlgError, assert_finite
 from .algorithm import KFACState, Problem, StepInfo, kfac_step
-from .blocks import BlockDiagonal
-from .curvature import block_diagonal_inverse
+from .blocks import BlockDiagonal, BlockTridiagonalInverse
+from .curvature import block_diagonal_inverse, block_tridiagonal_inverse, exactly_damped_inverse
 from .damping import factored_tikhonov, tikhonov_pi
 from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
-from .kronecker import Kronecker
+from .kronecker import Kronecker, KroneckerBasis
+from .kronecker_pair import KroneckerPair
 from .options import KFACOptions
 from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
 
 __all__ = [
     "BlockDiagonal",
+    "BlockTridiagonalInverse",
     "Factors",
     "KFACOptions",
     "KFACState",
     "Kronecker",
+    "KroneckerBasis",
+    "KroneckerPair",
     "LayerFactors",
     "LinAlgError",
     "Link",
@@ -31,6 +35,8 @@ __all__ = [
     "averaging_decay",
     "batch_factors",
     "block_diagonal_inverse",
+    "block_tridiagonal_inverse",
+    "exactly_damped_inverse",
     "factored_tikhonov",
     "fit_quadratic",
     "homogeneous",

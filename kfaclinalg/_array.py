@@ -7,7 +7,7 @@ here, at once, with the name, what came and what was expected; values are not lo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -122,6 +122,10 @@ def check_batches(**shapes: tuple[int, ...]) -> None:
             raise ValueError(f"{name} has batch shape {tuple(c)}, which does not broadcast with {tuple(a)} of {first}")
 
 
+def common_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(np.broadcast_shapes(*(tuple(shape) for shape in shapes)))
+
+
 def nonnegative(name: str, x: Scalar) -> Any:
     """A damping: a Python number is checked and becomes a float; an array is left as it is, its values unseen."""
     if isinstance(x, int | float | np.number):
@@ -129,6 +133,16 @@ def nonnegative(name: str, x: Scalar) -> Any:
             raise ValueError(f"{name} is {x}, expected a finite number >= 0")
         return float(x)
     return x
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def per_member(x: Any) -> Any:
+    """A scalar of each member (...), shaped (..., 1, 1) so that it multiplies matrices; a Python number as it is."""
+    return x if isinstance(x, float) else x[..., None, None]
 
 
 def description(operator: object, **arrays: Any) -> str:

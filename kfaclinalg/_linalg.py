@@ -21,6 +21,13 @@ def symmetrised(M: Any) -> Any:
     return 0.5 * M + 0.5 * M.mT  # halved first: the sum of two large entries may overflow
 
 
+def kron(b: Backend, A: Any, B: Any) -> Any:
+    """The matrix A ⊗ B (..., p r, q s) for A (..., p, q) and B (..., r, s)."""
+    dense = A[..., :, None, :, None] * B[..., None, :, None, :]
+    *batch, p, r, q, s = dense.shape
+    return b.xp.reshape(dense, (*batch, p * r, q * s))
+
+
 def cholesky(b: Backend, M: Any) -> Any:
     """Lower triangular L with L Lᵀ = M for symmetric M, all NaN for a member that is not positive definite.
 
@@ -100,6 +107,36 @@ def cholesky_inverse(b: Backend, L: Any) -> Any:
     return symmetrised(K.mT @ K)
 
 
+def general_inverse(b: Backend, K: Any) -> Any:
+    """K⁻¹ for any square K, NaN for a member that is singular."""
+    xp = b.xp
+    if b.kind == "torch":
+        import torch
+
+        X = torch.linalg.inv_ex(K).inverse
+    else:
+        (X,) = _each_member(b, lambda K: (xp.linalg.inv(K),), K)
+    return xp.where(xp.all(xp.isfinite(X), axis=(-2, -1))[..., None, None], X, NAN)
+
+
+def left_singular(b: Backend, R: Any) -> tuple[Any, Any]:
+    """E orthogonal (..., n, n) and s (..., n) in [0, 1] with R Rᵀ = E diag(s) Eᵀ, for R (..., n, k) with ‖R‖ <= 1.
+
+    By the smaller of the two Gram matrices: R Rᵀ of a wide layer is of low rank, with hundreds of eigenvalues that are
+    zero up to rounding, on which float32 routines have been seen not to converge.
+    """
+    xp, (n, k) = b.xp, R.shape[-2:]
+    if n <= k:
+        s, E = eigh(b, symmetrised(R @ R.mT))
+    else:
+        s, F = eigh(b, symmetrised(R.mT @ R))
+        finite = xp.all(xp.isfinite(s), axis=-1)[..., None, None]
+        E = xp.linalg.qr(xp.where(finite, R @ F, 1.0), mode="complete")[0]  # R F has orthogonal columns
+        E = xp.where(finite, E, NAN)
+        s = xp.concat([s, xp.zeros((*s.shape[:-1], n - k), dtype=b.dtype, device=b.device)], axis=-1)
+    return E, xp.clip(s, 0.0, 1.0)
+
+
 def eigh(b: Backend, M: Any) -> tuple[Any, Any]:
     """Eigenvalues and eigenvectors of symmetric M, NaN for a member that has a NaN or infinity or does not converge.
 
@@ -111,6 +148,25 @@ def eigh(b: Backend, M: Any) -> tuple[Any, Any]:
     decompose = partial(scipy_eigh, driver="evd", check_finite=False) if evd else xp.linalg.eigh
     w, Q = _each_member(b, decompose, xp.where(finite, M, b.eye(n)))
     return xp.where(finite[..., 0], w, NAN), xp.where(finite, Q, NAN)
+
+
+def log_abs_det(b: Backend, K: Any) -> Any:
+    """log|det K| (...) for any square K, NaN for a member that is singular."""
+    xp = b.xp
+    finite = xp.all(xp.isfinite(K), axis=(-2, -1))
+    log = xp.linalg.slogdet(xp.where(finite[..., None, None], K, b.eye(K.shape[-1])))[1]
+    return xp.where(finite & xp.isfinite(log), log, NAN)
+
+
+def reciprocal(b: Backend, eigenvalues: Any) -> Any:
+    """1 / eigenvalues (..., m, n) of a matrix, the whole member NaN where it is not positive definite.
+
+    The eigenvalues are known to eps of the largest: what is smaller than that has no certain sign.
+    """
+    xp = b.xp
+    smallest = b.eps * xp.max(xp.abs(eigenvalues), axis=(-2, -1), keepdims=True)
+    definite = xp.all(eigenvalues > smallest, axis=(-2, -1), keepdims=True)
+    return 1 / xp.where(definite, eigenvalues, NAN)
 
 
 def _each_member(b: Backend, f: Callable[[Any], tuple[Any, ...]], M: Any) -> tuple[Any, ...]:

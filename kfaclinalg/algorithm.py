@@ -94,7 +94,7 @@ def kfac_step(
 
     h, gradient = problem.loss_and_gradient(weights)
     gradient = tuple(g + eta * W for g, W in zip(gradient, weights, strict=True))
-    statistics = problem.factors(weights, False)
+    statistics = problem.factors(weights, options.structure == "block-tridiagonal")
     decay = averaging_decay(k, maximum=options.averaging_maximum)
     factors = moving_average(state.factors, statistics, decay=decay)
     refreshed = k % options.inverse_period == 0 or k <= 3

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar
 
-from . import _array
+from . import _array, _linalg
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,7 +60,7 @@ class BlockDiagonal:
 
     def to_dense(self) -> Any:
         """The matrix that acts on the stacked vec(V_i), zero outside the diagonal blocks."""
-        return _assembled([block.to_dense() for block in self.blocks])
+        return _assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
 
     def _pairs(self, Vs: Sequence[Any]) -> Any:
         if len(Vs) != len(self.blocks):
@@ -68,14 +68,68 @@ class BlockDiagonal:
         return zip(self.blocks, Vs, strict=True)
 
 
-def _assembled(blocks: Sequence[Any]) -> Any:
-    """diag(blocks) (..., Σ n_i, Σ n_i) of matrices (..., n_i, n_i)."""
-    b = _array.resolve(**{f"blocks[{i}]": block for i, block in enumerate(blocks)})
-    total, before, rows = sum(block.shape[-1] for block in blocks), 0, []
-    for block in blocks:
-        *batch, n, _ = block.shape
-        widths = (before, total - before - n)
-        left, right = (b.xp.zeros((*batch, n, width), dtype=b.dtype, device=b.device) for width in widths)
-        rows.append(b.xp.concat([left, block, right], axis=-1))
-        before += n
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockTridiagonalInverse:
+    """F̂⁻¹ = Ξᵀ Λ Ξ (Section 4.3), as `block_tridiagonal_inverse` builds it.
+
+    Ξ has I on its diagonal and -Ψ_{i,i+1} = -Ψ^A_i ⊗ Ψ^G_i beside it; Λ = diag(Σ_{1|2}⁻¹, ..., Σ_{l-1|l}⁻¹, Σ_l⁻¹).
+
+    Args:
+        Psi_A, Psi_G: l - 1 arrays (..., n_i, n_{i+1}) and (..., m_i, m_{i+1}).
+        Lambda: l operators, the blocks of Λ.
+    """
+
+    Psi_A: tuple[Any, ...]
+    Psi_G: tuple[Any, ...]
+    Lambda: tuple[Any, ...]
+    __array_ufunc__: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not self.Lambda or not len(self.Psi_A) == len(self.Psi_G) == len(self.Lambda) - 1:
+            counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
+            raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
+
+    def apply(self, Vs: Sequence[Any], /) -> tuple[Any, ...]:
+        """F̂⁻¹ (V_1, ..., V_l). Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ."""
+        if len(Vs) != len(self.Lambda):
+            raise ValueError(f"got {len(Vs)} matrices, expected {len(self.Lambda)}, one a layer")
+        links = list(zip(self.Psi_A, self.Psi_G, strict=True))
+        # up-sweep: Ξ
+        Us = [V - G @ above @ A.mT for V, above, (A, G) in zip(Vs, Vs[1:], links, strict=False)]
+        # solve: Λ
+        Us = [block @ U for block, U in zip(self.Lambda, [*Us, Vs[-1]], strict=True)]
+        # down-sweep: Ξᵀ
+        Ws = [U - G.mT @ below @ A for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
+        return (Us[0], *Ws)
+
+    __matmul__ = apply
+
+    def logdet(self) -> Any:
+        """Σ log det Λ_i (...), since det Ξ = 1."""
+        return reduce(add, (block.logdet() for block in self.Lambda))
+
+    def to_dense(self) -> Any:
+        """The matrix that acts on the stacked vec(V_i)."""
+        Lambda = {(i, i): block.to_dense() for i, block in enumerate(self.Lambda)}
+        b = _array.resolve(Lambda=Lambda[0, 0])
+        Xi = {(i, i): b.eye(block.shape[-1]) for (i, _), block in Lambda.items()}
+        for i, (A, G) in enumerate(zip(self.Psi_A, self.Psi_G, strict=True)):
+            Xi[i, i + 1] = -_linalg.kron(b, A, G)
+        dense = _assembled(Xi)
+        return dense.mT @ _assembled(Lambda) @ dense
+
+
+def _assembled(blocks: dict[tuple[int, int], Any]) -> Any:
+    """The square matrix of blocks {(i, j): (..., r_i, r_j)}, those on the diagonal among them; the others are zero."""
+    b = _array.resolve(**{f"blocks[{i}, {j}]": block for (i, j), block in blocks.items()})
+    batch = _array.common_batch(*(block.shape[:-2] for block in blocks.values()))
+    layers = sorted({i for i, _ in blocks})
+    sizes = [blocks[i, i].shape[-1] for i in layers]
+
+    def entry(i: int, j: int) -> Any:
+        shape = (*batch, sizes[i], sizes[j])
+        block = blocks.get((i, j))
+        return b.xp.zeros(shape, dtype=b.dtype, device=b.device) if block is None else b.xp.broadcast_to(block, shape)
+
+    rows = [b.xp.concat([entry(i, j) for j in layers], axis=-1) for i in layers]
     return b.xp.concat(rows, axis=-2)

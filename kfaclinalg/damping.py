@@ -31,8 +31,7 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     >>> float(tikhonov_pi(LayerFactors(4 * np.eye(3), np.eye(2))))
     2.0
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(map(repr, NORMS))}")
+    _array.check_choice("norm", norm, NORMS)
     b = _layer(layer)
     sizes = (_size(b, M, norm) for M in layer)
     a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in sizes)

@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
-from backends import every_backend
+from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend
+from hypothesis import given
+from hypothesis import strategies as st
 from matrices import judge, random_spd
+from networks import SIZES, network, pairwise_joint_inverse
 
-from kfaclinalg import Factors, LayerFactors, block_diagonal_inverse, testing
+from kfaclinalg import (
+    Factors,
+    LayerFactors,
+    Link,
+    block_diagonal_inverse,
+    block_tridiagonal_inverse,
+    exactly_damped_inverse,
+    testing,
+)
 from kfaclinalg.damping import NORMS
 
 SHAPES = [(3, 4), (2, 3)]
@@ -39,3 +50,94 @@ def test_singular_factors_need_damping(b):
     V = (b.array(np.ones((1, 2))),)
     assert np.isnan(b.numpy((block_diagonal_inverse(factors, 0.0) @ V)[0])).all()
     assert np.isfinite(b.numpy((block_diagonal_inverse(factors, 0.1) @ V)[0])).all()
+
+
+def check_block_tridiagonal(b: Backend, gamma: float, seed: int = 0) -> None:
+    net = network(b, gamma, seed=seed)
+    Us = b.jit(lambda factors, Vs: block_tridiagonal_inverse(factors, gamma).apply(Vs))(
+        net.factors, tuple(map(b.array, net.Vs))
+    )
+    exact = pairwise_joint_inverse(net)
+    u = np.concatenate([testing.vec(b.numpy(U)) for U in Us])
+    error = np.linalg.norm(u - exact @ net.v) / (np.linalg.norm(exact, 2) * np.linalg.norm(net.v))
+    judge(b, "block_tridiagonal_inverse", error, testing.inverse_bound(np.linalg.cond(exact), b.eps))
+
+
+@every_backend
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 1.0])
+def test_block_tridiagonal_inverse(b, gamma):
+    check_block_tridiagonal(b, gamma)
+
+
+@pytest.mark.parametrize("b", [NUMPY, TORCH, TORCH_FLOAT32], ids=str)
+@given(gamma=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_block_tridiagonal_inverse_of_random_networks(b, gamma, seed):
+    check_block_tridiagonal(b, gamma, seed)
+
+
+@every_backend
+def test_the_dense_form_and_its_determinant(b):
+    net = network(b, 0.1)
+    inverse = block_tridiagonal_inverse(net.factors, 0.1)
+    exact = pairwise_joint_inverse(net)
+    bound = testing.inverse_bound(np.linalg.cond(exact), b.eps)
+    np.testing.assert_allclose(b.numpy(inverse.to_dense()), exact, atol=bound * np.linalg.norm(exact, 2))
+    logdet = np.linalg.slogdet(exact)[1]
+    assert b.numpy(inverse.logdet()) == pytest.approx(logdet, abs=len(exact) * bound)
+
+
+@every_backend
+def test_without_links_it_is_the_block_diagonal_inverse(b):
+    factors = network(b, 0.0).factors
+    zero = Factors(factors.layers, tuple(Link(0 * A, 0 * G) for A, G in factors.links))
+    Vs = tuple(b.array(np.ones((m, n))) for n, m in SIZES)
+    one, other = block_tridiagonal_inverse(zero, 0.1) @ Vs, block_diagonal_inverse(factors, 0.1) @ Vs
+    for U, W in zip(one, other, strict=True):
+        np.testing.assert_allclose(b.numpy(U), b.numpy(W), rtol=testing.inverse_bound(1e3, b.eps))
+
+
+def test_a_damped_link_is_caught():
+    """Damping goes on the factors alone."""
+    net = network(NUMPY, 0.5)
+    scaled = net.factors._replace(links=tuple(Link(1.001 * A, G) for A, G in net.factors.links))
+    u = block_tridiagonal_inverse(scaled, 0.5).to_dense()
+    exact = pairwise_joint_inverse(net)
+    assert np.linalg.norm(u - exact, 2) > testing.inverse_bound(np.linalg.cond(exact), NUMPY.eps) * np.linalg.norm(
+        exact, 2
+    )
+
+
+@every_backend
+def test_inconsistent_links_give_nan_in_their_layer(b):
+    """A link that no joint distribution has: its layer, given the next, is not definite."""
+    one = np.eye(2)
+    factors = Factors(
+        tuple(LayerFactors(b.array(one), b.array(one)) for _ in range(3)),
+        (Link(b.array(0.5 * one), b.array(0.5 * one)), Link(b.array(1.1 * one), b.array(1.1 * one))),
+    )
+    inverse = block_tridiagonal_inverse(factors, 0.0)
+    assert np.isfinite(b.numpy(inverse.Lambda[0].weights)).all()
+    assert np.isnan(b.numpy(inverse.Lambda[1].weights)).all()
+    assert np.isnan(b.numpy(inverse.logdet()))
+
+
+@every_backend
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_exactly_damped_inverse(b, damping):
+    net = network(b, 0.0)
+    Us = exactly_damped_inverse(net.factors, damping) @ tuple(map(b.array, net.Vs))
+    for i, (U, V) in enumerate(zip(Us, net.Vs, strict=True)):
+        dense = net.blocks[i][i] + damping * np.eye(len(net.blocks[i][i]))
+        error = testing.backward_error(dense, testing.vec(b.numpy(U)), testing.vec(V))
+        judge(b, "exactly_damped_inverse", error, testing.inverse_bound(np.linalg.cond(dense), b.eps))
+
+
+def test_links_that_do_not_fit_are_refused():
+    factors = network(NUMPY, 0.0).factors
+    with pytest.raises(ValueError, match="got 0 links for 4 layers, expected one fewer"):
+        block_tridiagonal_inverse(factors._replace(links=()), 0.1)
+    wrong = (Link(factors.links[0].A.T, factors.links[0].G), *factors.links[1:])
+    with pytest.raises(ValueError, match=r"links\[0\]\.A has shape \(3, 5\), expected \(\.\.\., 5, 3\)"):
+        block_tridiagonal_inverse(factors._replace(links=wrong), 0.1)
+    with pytest.raises(ValueError, match="got 3 matrices, expected 4, one a layer"):
+        block_tridiagonal_inverse(factors, 0.1).apply((np.ones((1, 1)),) * 3)
