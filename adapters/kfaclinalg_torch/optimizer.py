@@ -7,18 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import (
-    BlockDiagonal,
-    Factors,
-    KFACOptions,
-    KFACState,
-    Kronecker,
-    LayerFactors,
-    Link,
-    StepInfo,
-    kfac_step,
-)
+from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
+from .checkpoint import packed, unpacked
 from .layers import trained_layers
 from .likelihoods import LIKELIHOODS, Likelihood
 from .problem import Batch, NetworkProblem
@@ -87,9 +78,8 @@ class KFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, the generator's state too, in tensors, numbers and lists."""
-        state = self._state
         return {
-            "state": {} if state is None else _packed(state),
+            "state": {} if self._state is None else packed(self._state),
             "param_groups": super().state_dict()["param_groups"],
             "generator": self.options.generator.get_state(),
         }
@@ -100,10 +90,12 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to a model with other layers.
         """
-        state = _unpacked(state_dict["state"], self.layers[0].module.weight) if state_dict["state"] else None
-        shapes = [tuple(layer.matrix().shape) for layer in self.layers]
-        if state is not None and (found := [block.shape for block in state.inverse.blocks]) != shapes:
-            raise ValueError(f"the state is of layers with shapes {found}, expected {shapes}")
+        weights = tuple(layer.matrix() for layer in self.layers)
+        state = unpacked(state_dict["state"], weights[0]) if state_dict["state"] else None
+        if state is not None and state.factors is not None:
+            found = [(layer.G.shape[-1], layer.A.shape[-1]) for layer in state.factors.layers]
+            if found != (expected := [tuple(W.shape) for W in weights]):
+                raise ValueError(f"the state is of layers with shapes {found}, expected {expected}")
         self._state = state
         self.options.generator.set_state(state_dict["generator"])
 
@@ -131,27 +123,3 @@ def _likelihood(likelihood: str | Likelihood) -> Likelihood:
 def _new_generator(device: torch.device) -> torch.Generator:
     seed = int(torch.empty((), dtype=torch.int64).random_().item())
     return torch.Generator(device).manual_seed(seed)
-
-
-def _packed(state: KFACState) -> dict[str, Any]:
-    return {
-        "iteration": state.iteration,
-        "damping": state.damping,
-        "gamma": state.gamma,
-        "layers": [list(pair) for pair in state.factors.layers] if state.factors else [],
-        "links": [list(pair) for pair in state.factors.links] if state.factors else [],
-        "inverse": [[block.A, block.B] for block in state.inverse.blocks] if state.inverse else [],
-        "update": list(state.update) if state.update else [],
-    }
-
-
-def _unpacked(packed: dict[str, Any], like: Tensor) -> KFACState:
-    def pairs(name: str) -> list[list[Tensor]]:
-        return [[x.to(like) for x in pair] for pair in packed[name]]
-
-    factors = Factors(
-        tuple(LayerFactors(*pair) for pair in pairs("layers")), tuple(Link(*pair) for pair in pairs("links"))
-    )
-    inverse = BlockDiagonal(tuple(Kronecker(*pair) for pair in pairs("inverse")))
-    update = tuple(x.to(like) for x in packed["update"]) or None
-    return KFACState(packed["iteration"], packed["damping"], packed["gamma"], factors, inverse, update)
