@@ -130,6 +130,7 @@ def left_singular(b: Backend, R: Any) -> tuple[Any, Any]:
         s, E = eigh(b, symmetrised(R @ R.mT))
     else:
         s, F = eigh(b, symmetrised(R.mT @ R))
+        s, F = xp.flip(s, axis=-1), xp.flip(F, axis=-1)  # largest first: rounding tilts a column by eps over its length
         finite = xp.all(xp.isfinite(s), axis=-1)[..., None, None]
         E = xp.linalg.qr(xp.where(finite, R @ F, 1.0), mode="complete")[0]  # R F has orthogonal columns
         E = xp.where(finite, E, NAN)

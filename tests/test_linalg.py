@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
-from backends import NUMPY, STRICT, Backend, eager_backends, every_backend
+from backends import NUMPY, STRICT, TORCH_FLOAT32, Backend, eager_backends, every_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import FIXED, Sample, judge, members, samples
@@ -40,7 +42,20 @@ def check_eigh(b: Backend, sample: Sample) -> None:
         judge(b, "eigh orthogonality", np.linalg.norm(Q_i.T @ Q_i - np.eye(sample.n)), bound)
 
 
-CHECKS = [check_factor, check_substitution, check_eigh]
+def check_left_singular(b: Backend, sample: Sample) -> None:
+    """R tall, square and wide, with singular values down to √eps and some rows that are zero."""
+    rng, n = np.random.default_rng(sample.seed), sample.n
+    for k in (max(n // 2, 1), n, 2 * n):
+        R = np.linalg.qr(rng.standard_normal((max(n, k),) * 2))[0][:n, :k] * b.eps ** np.linspace(0, 0.5, k)
+        R[: n // 4] = 0
+        R = R.astype(b.dtype).astype(float)
+        E, s = map(b.numpy, _linalg.left_singular(backend(b), b.array(R)))
+        assert ((s >= 0) & (s <= 1)).all()
+        judge(b, "left_singular", np.linalg.norm((E * s) @ E.T - R @ R.T), testing.solve_bound(n, b.eps))
+        judge(b, "left_singular orthogonality", np.linalg.norm(E.T @ E - np.eye(n)), testing.solve_bound(n, b.eps))
+
+
+CHECKS = [check_left_singular, check_factor, check_substitution, check_eigh]
 
 
 @every_backend
@@ -65,6 +80,21 @@ def test_an_indefinite_matrix_never_gives_a_factor(b, n, seed):
     M = testing.spd_matrix([-(b.eps**0.5), *eigenvalues[1:]], np.random.default_rng(seed))
     for stack in (M, np.stack([M, M])):
         assert np.isnan(b.numpy(_linalg.cholesky(backend(b), b.array(stack)))).all()
+
+
+TRAP = Path(__file__).parents[2] / "shared" / "data" / "eigh_trap.npy"
+
+
+@pytest.mark.skipif(not TRAP.exists(), reason="the matrix lies beside the project on the development machines only")
+def test_the_matrix_on_which_float32_eigh_fails():
+    """R Rᵀ of MNIST's input layer, 785 x 785 with 280 zero rows: torch's eigenvalues of it are NaN."""
+    M = np.load(TRAP)
+    w, Q = np.linalg.eigh(M.astype(np.float64))
+    R = (Q[:, -400:] * np.sqrt(np.maximum(w[-400:], 0))).astype(np.float32)
+    b = TORCH_FLOAT32
+    E, s = map(b.numpy, _linalg.left_singular(backend(b), b.array(R)))
+    exact = R.astype(float) @ R.T.astype(float)
+    judge(b, "left_singular", np.linalg.norm((E * s) @ E.T - exact), testing.solve_bound(785, b.eps))
 
 
 def test_a_partial_factor_is_rejected(monkeypatch):
