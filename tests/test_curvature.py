@@ -10,6 +10,7 @@ from kfaclinalg import (
     Factors,
     LayerFactors,
     Link,
+    batch_factors,
     block_diagonal_inverse,
     block_tridiagonal_inverse,
     exactly_damped_inverse,
@@ -141,3 +142,36 @@ def test_links_that_do_not_fit_are_refused():
         block_tridiagonal_inverse(factors._replace(links=wrong), 0.1)
     with pytest.raises(ValueError, match="got 3 matrices, expected 4, one a layer"):
         block_tridiagonal_inverse(factors, 0.1).apply((np.ones((1, 1)),) * 3)
+
+
+@pytest.mark.parametrize("gamma", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_in_float32_it_is_no_worse_than_the_block_diagonal_inverse(gamma):
+    """On ill-conditioned statistics: the errors of both against float64, on the same factors."""
+    errors = {}
+    for inverse in (block_diagonal_inverse, block_tridiagonal_inverse):
+        worst = []
+        for seed in range(5):
+            one, other = ill_conditioned(TORCH_FLOAT32, seed), ill_conditioned(TORCH, seed)
+            Vs = [np.random.default_rng(seed).standard_normal((m, n)).astype("float32") for n, m in SIZES]
+            rough = inverse(one, gamma) @ tuple(map(TORCH_FLOAT32.array, Vs))
+            exact = inverse(other, gamma) @ tuple(map(TORCH.array, Vs))
+            difference = sum(float((U.double() - W).square().sum()) for U, W in zip(rough, exact, strict=True))
+            worst.append((difference / sum(float(W.square().sum()) for W in exact)) ** 0.5)
+        errors[inverse] = np.median(worst)
+    assert errors[block_tridiagonal_inverse] <= 3 * errors[block_diagonal_inverse]
+
+
+def ill_conditioned(b: Backend, seed: int) -> Factors:
+    """Inputs and gradients with scales from 1 to 1e-3, rounded to float32 once: both precisions see the same."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((60, 3))
+    a, g = (
+        [
+            (common @ rng.standard_normal((3, size[side])) + 0.1 * rng.standard_normal((60, size[side])))
+            * 10.0 ** -np.linspace(0, 3, size[side])
+            for size in SIZES
+        ]
+        for side in (0, 1)
+    )
+    arrays = [[b.array(x.astype("float32")) for x in side] for side in (a, g)]
+    return batch_factors(*arrays, links=True)
