@@ -9,11 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfaclinalg import (
     BlockDiagonal,
+    BlockTridiagonalInverse,
     Factors,
     Kronecker,
+    KroneckerBasis,
+    KroneckerPair,
     LayerFactors,
+    Link,
     batch_factors,
     block_diagonal_inverse,
+    block_tridiagonal_inverse,
+    exactly_damped_inverse,
     factored_tikhonov,
     fit_quadratic,
     homogeneous,
@@ -49,6 +55,14 @@ def factors_of(A, G):
     return Factors((LayerFactors(A, G),))
 
 
+def linked(A, G):
+    return Factors((LayerFactors(A, G),) * 2, (Link(0.5 * A, G),))
+
+
+def chain(A, G):
+    return BlockTridiagonalInverse((A,), (G,), (Kronecker(A, G), Kronecker(A, G)))
+
+
 # Everything public that takes A (n, n), G (m, m) and V (m, n), by the shape of its result for n = 3, m = 2.
 HOT = {
     "spd.inverse": (lambda A, G, V: spd.inverse(A), (3, 3)),
@@ -65,6 +79,15 @@ HOT = {
     "BlockDiagonal": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),)).inverse().apply((V,))[0], (2, 3)),
     "BlockDiagonal.solve": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),)).solve((V,))[0], (2, 3)),
     "BlockDiagonal.to_dense": (lambda A, G, V: BlockDiagonal((Kronecker(A, G),) * 2).to_dense(), (12, 12)),
+    "KroneckerBasis @": (lambda A, G, V: KroneckerBasis(A, G, V) @ V, (2, 3)),
+    "KroneckerBasis.inverse": (lambda A, G, V: KroneckerBasis(A, G, V).inverse() @ V, (2, 3)),
+    "KroneckerBasis.logdet": (lambda A, G, V: KroneckerBasis(A, G, V).logdet(), ()),
+    "KroneckerBasis.to_dense": (lambda A, G, V: KroneckerBasis(A, G, V).to_dense(), (6, 6)),
+    "KroneckerPair @": (lambda A, G, V: KroneckerPair(A, G, A, G) @ V, (2, 3)),
+    "KroneckerPair.solve smith": (lambda A, G, V: KroneckerPair(A, G, -0.5 * A, G).solve(V, method="smith"), (2, 3)),
+    "BlockTridiagonalInverse": (lambda A, G, V: chain(A, G).apply((V, V))[0], (2, 3)),
+    "BlockTridiagonalInverse.logdet": (lambda A, G, V: chain(A, G).logdet(), ()),
+    "BlockTridiagonalInverse.to_dense": (lambda A, G, V: chain(A, G).to_dense(), (12, 12)),
     "homogeneous": (lambda A, G, V: homogeneous(V), (2, 4)),
     "batch_factors": (lambda A, G, V: batch_factors([V, V], [G, G], links=True).links[0].A, (3, 3)),
     "moving_average": (
@@ -81,6 +104,13 @@ HOT = {
 COLD = {
     "spd.inverse_root": (lambda A, G, V: spd.inverse_root(A, 2), (3, 3)),
     "Kronecker.inverse_root": (lambda A, G, V: Kronecker(A, G).inverse_root(2) @ V, (2, 3)),
+    "Kronecker.shifted_inverse": (lambda A, G, V: Kronecker(A, G).shifted_inverse(0.1) @ V, (2, 3)),
+    "KroneckerPair.inverse": (lambda A, G, V: KroneckerPair(A, G, -0.5 * A, G).inverse() @ V, (2, 3)),
+    "block_tridiagonal_inverse": (
+        lambda A, G, V: block_tridiagonal_inverse(linked(A, G), 0.1).apply((V, V))[0],
+        (2, 3),
+    ),
+    "exactly_damped_inverse": (lambda A, G, V: exactly_damped_inverse(factors_of(A, G), 0.1).apply((V,))[0], (2, 3)),
     "spectral pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G), norm="spectral"), ()),
 }
 hot = pytest.mark.parametrize(("f", "shape"), HOT.values(), ids=HOT)
