@@ -1,0 +1,67 @@
+# Each target makes its own environment in .venv and installs what it needs there; an activated one is never used.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+ARGS ?=
+
+EXTRAS_demo := torch,demo
+EXTRAS_test := test,demo
+EXTRAS_docs := docs
+EXTRAS_bench := bench
+
+# Somebody else's packages would hide ours.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test lint docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   K-FAC on a deep MNIST autoencoder         (ARGS=--quick for the short form)"
+	@echo "make test   lint, then the tests                      (ARGS='-k name' goes to pytest)"
+	@echo "make lint   ruff and mypy"
+	@echo "make docs   the site, in build/docs"
+	@echo "make bench  every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
+	@echo "make clean  remove .venv and all that was built"
+
+demo: $(VENV)/.demo
+	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
+
+test: lint
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+docs: $(VENV)/.docs
+	$(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+# In an environment as it stands asv shows the figures and stores none. It must know the machine, in
+# ~/.asv-machine.json, before it runs.
+bench: $(VENV)/.bench
+	@$(PYTHON) -m asv machine --yes --config asv_benchmarks/asv.conf.json > /dev/null
+	$(PYTHON) -m asv run --config asv_benchmarks/asv.conf.json --python=same --launch-method spawn --quick --show-stderr $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist asv_benchmarks/env asv_benchmarks/results asv_benchmarks/html
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each set of extras, all in the one environment.
+STAMPS := $(addprefix $(VENV)/.,demo test docs bench)
+$(STAMPS): $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(VENV)/.made:
+	@for python in python3.11 python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then break; fi; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "kfaclinalg needs Python 3.11 or newer: neither python3.11 nor python3 on the PATH is one" >&2; exit 1; \
+	fi; \
+	$$python -m venv --clear $(VENV)
+	@touch $@
