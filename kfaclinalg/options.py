@@ -15,7 +15,7 @@ MOMENTA = ("quadratic-model", "none")
 class KFACOptions(NamedTuple):
     """The constants of the paper; the comment gives the symbol and the section."""
 
-    structure: str = "block-diagonal"  # F̆ (4.2)
+    structure: str = "block-diagonal"  # F̆ (4.2), or "block-tridiagonal", F̂ (4.3)
     damping: float = 1.0  # λ at the start (6.5; the paper: 150)
     weight_decay: float = 1e-5  # η (6.1)
     momentum: str = "quadratic-model"  # (α, μ) (7), or "none": α alone (6.4)

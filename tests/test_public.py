@@ -12,7 +12,9 @@ from kfaclinalg import spd
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
-    *("Kronecker", "BlockDiagonal", "LayerFactors", "Link", "Factors", "homogeneous", "batch_factors"),
+    *("Kronecker", "KroneckerBasis", "KroneckerPair", "BlockDiagonal", "BlockTridiagonalInverse"),
+    *("block_tridiagonal_inverse", "exactly_damped_inverse"),
+    *("LayerFactors", "Link", "Factors", "homogeneous", "batch_factors"),
     *("moving_average", "averaging_decay", "tikhonov_pi", "factored_tikhonov", "block_diagonal_inverse"),
     *("QuadraticFit", "fit_quadratic", "reduction_ratio", "levenberg_marquardt", "Problem", "KFACOptions"),
     *("KFACState", "StepInfo", "kfac_step", "assert_finite", "LinAlgError", "spd", "testing"),
@@ -50,10 +52,34 @@ def test_a_function_says_what_it_raises_and_shows_an_example(thing):
 
 @pytest.mark.parametrize(
     "module",
-    ["spd", "factors", "damping", "kronecker", "blocks", "curvature", "quadratic", "options", "algorithm", "testing"],
+    [
+        "spd",
+        "factors",
+        "damping",
+        "kronecker",
+        "kronecker_pair",
+        "blocks",
+        "curvature",
+        "quadratic",
+        "options",
+        "algorithm",
+        "testing",
+    ],
 )
 def test_each_module_is_in_the_reference(module):
     assert f"kfaclinalg.{module}" in (ROOT / "docs" / "reference.md").read_text()
+
+
+def test_the_map_of_the_paper_names_what_exists():
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "paper_map.md").read_text().splitlines() if "::" in line]
+    assert len(rows) > 20
+    for _, functions, tests in rows:
+        for name in re.findall(r"`([\w.]+)`", functions):
+            thing = kfaclinalg
+            for part in name.split("."):
+                thing = getattr(thing, part)
+        path, test = re.search(r"`(\S+)::(\w+)`", tests).groups()
+        assert f"def {test}(" in (ROOT / "tests" / path).read_text(), f"{path}::{test}"
 
 
 def test_the_fields_of_the_records_are_the_contract():
