@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
 
 test: lint
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check

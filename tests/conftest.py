@@ -11,7 +11,7 @@ settings.load_profile("kfaclinalg")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--errors", action="store_true", help="print the largest error seen, over the unit of its bound")
+    parser.addoption("--errors", action="store_true", help="print the largest errors (with -n 0)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
