@@ -104,11 +104,6 @@ def _same_place(b: Backend, name: str, x: Any) -> None:
         raise ValueError(f"{name} is on device {device(x)}, expected {b.device}, as the others are")
 
 
-def is_placeholder(x: Any) -> bool:
-    """Dynamo rebuilds a dataclass with proxies for its fields: nothing can be checked on those, or need be."""
-    return type(x).__module__ == "torch.fx.proxy"
-
-
 def check_square(**arrays: Any) -> None:
     for name, x in arrays.items():
         if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
@@ -145,13 +140,6 @@ def per_member(x: Any) -> Any:
     return x if isinstance(x, float) else x[..., None, None]
 
 
-def description(operator: object, **arrays: Any) -> str:
-    """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`: what a reader wants to know, without reading a value."""
-    b = resolve(**arrays)
-    shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in arrays.items())
-    return f"{type(operator).__name__}({shapes}, {str(b.dtype).rpartition('.')[2]}, {b.device})"
-
-
 def all_finite(arrays: Sequence[Any]) -> bool:
     """No entry of any array is NaN or infinite. It waits for the device, once."""
     xp = resolve(x=arrays[0]).xp
@@ -183,3 +171,15 @@ def picked(x: Any, indices: Sequence[int]) -> Any:
     for axis in range(x.ndim):
         x = b.xp.take(x, along, axis=axis)
     return x
+
+
+def is_placeholder(x: Any) -> bool:
+    """Dynamo rebuilds a dataclass with proxies for its fields: nothing can be checked on those, or need be."""
+    return type(x).__module__ == "torch.fx.proxy"
+
+
+def description(operator: object, **arrays: Any) -> str:
+    """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`: what a reader wants to know, without reading a value."""
+    b = resolve(**arrays)
+    shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in arrays.items())
+    return f"{type(operator).__name__}({shapes}, {str(b.dtype).rpartition('.')[2]}, {b.device})"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar
+from typing import Any
 
-from . import _array, _linalg
+from . import _array, _conversions, _linalg
+from ._value import value
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@value
 class BlockDiagonal:
     """diag(blocks): one operator a layer, each on its own V_i (Section 4.2).
 
@@ -26,7 +26,7 @@ class BlockDiagonal:
     """
 
     blocks: tuple[Any, ...]
-    __array_ufunc__: ClassVar[None] = None
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, tuple) or not self.blocks:
@@ -62,13 +62,17 @@ class BlockDiagonal:
         """The matrix that acts on the stacked vec(V_i), zero outside the diagonal blocks."""
         return _assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
 
+    def as_scipy(self) -> Any:
+        """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
+        return _conversions.linear_operator(self, [block.shape for block in self.blocks], self.apply)
+
     def _pairs(self, Vs: Sequence[Any]) -> Any:
         if len(Vs) != len(self.blocks):
             raise ValueError(f"got {len(Vs)} matrices, expected {len(self.blocks)}, one a block")
         return zip(self.blocks, Vs, strict=True)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@value
 class BlockTridiagonalInverse:
     """F̂⁻¹ = Ξᵀ Λ Ξ (Section 4.3), as `block_tridiagonal_inverse` builds it.
 
@@ -82,7 +86,7 @@ class BlockTridiagonalInverse:
     Psi_A: tuple[Any, ...]
     Psi_G: tuple[Any, ...]
     Lambda: tuple[Any, ...]
-    __array_ufunc__: ClassVar[None] = None
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         if not self.Lambda or not len(self.Psi_A) == len(self.Psi_G) == len(self.Lambda) - 1:
@@ -117,6 +121,10 @@ class BlockTridiagonalInverse:
             Xi[i, i + 1] = -_linalg.kron(b, A, G)
         dense = _assembled(Xi)
         return dense.mT @ _assembled(Lambda) @ dense
+
+    def as_scipy(self) -> Any:
+        """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
+        return _conversions.linear_operator(self, [block.shape for block in self.Lambda], self.apply)
 
 
 def _assembled(blocks: dict[tuple[int, int], Any]) -> Any:

@@ -3,14 +3,14 @@ A ⊗ B + shift I and of A ⊗ B + C ⊗ D take: (K_A ⊗ K_B) diag(w) (K_A ⊗ 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from . import _array, _linalg, spd
+from . import _array, _conversions, _linalg, spd
 from ._typing import Scalar
+from ._value import value
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True)
+@value
 class Kronecker:
     """A ⊗ B for A (..., n, n) and B (..., m, m), acting on V (..., m, n) by (A ⊗ B) vec(V) = vec(B V Aᵀ).
 
@@ -30,17 +30,13 @@ class Kronecker:
 
     A: Any
     B: Any
-    __array_ufunc__: ClassVar[None] = None  # `array @ operator` is a TypeError, not an array of operators
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+    as_scipy = _conversions.as_scipy
 
     def __post_init__(self) -> None:
-        if _array.is_placeholder(self.A):
-            return
         self._backend()
         _array.check_square(A=self.A, B=self.B)
         _array.check_batches(A=self.A.shape[:-2], B=self.B.shape[:-2])
-
-    def __repr__(self) -> str:
-        return _array.description(self, A=self.A, B=self.B)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,7 +115,7 @@ class Kronecker:
         return X
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True)
+@value
 class KroneckerBasis:
     """(K_A ⊗ K_B) diag(vec(weights)) (K_A ⊗ K_B)ᵀ, for K_A (..., n, n), K_B (..., m, m) and weights (..., m, n).
 
@@ -137,17 +133,13 @@ class KroneckerBasis:
     K_A: Any
     K_B: Any
     weights: Any
-    __array_ufunc__: ClassVar[None] = None
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+    as_scipy = _conversions.as_scipy
 
     def __post_init__(self) -> None:
-        if _array.is_placeholder(self.K_A):
-            return
         b = self._backend()
         _array.check_square(K_A=self.K_A, K_B=self.K_B)
         _array.operand(b, "weights", self.weights, self.shape)
-
-    def __repr__(self) -> str:
-        return _array.description(self, K_A=self.K_A, K_B=self.K_B, weights=self.weights)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from . import _array, _linalg, spd
+from . import _array, _conversions, _linalg, spd
+from ._value import value
 from .kronecker import Kronecker, KroneckerBasis
 
 SQUARINGS = 30  # 2^30 terms of the Smith series: more than enough for ρ = 1 - 1e-6
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True)
+@value
 class KroneckerPair:
     """A ⊗ B + C ⊗ D on V (..., m, n), for A, C (..., n, n) and B, D (..., m, m): V ↦ B V Aᵀ + D V Cᵀ.
 
@@ -32,19 +32,15 @@ class KroneckerPair:
     B: Any
     C: Any
     D: Any
-    __array_ufunc__: ClassVar[None] = None
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+    as_scipy = _conversions.as_scipy
 
     def __post_init__(self) -> None:
-        if _array.is_placeholder(self.A):
-            return
         b = self._backend()
         _array.check_square(A=self.A, B=self.B)
         _array.operand(b, "C", self.C, tuple(self.A.shape[-2:]))
         _array.operand(b, "D", self.D, tuple(self.B.shape[-2:]))
         _array.check_batches(**{name: getattr(self, name).shape[:-2] for name in "ABCD"})
-
-    def __repr__(self) -> str:
-        return _array.description(self, A=self.A, B=self.B, C=self.C, D=self.D)
 
     @property
     def shape(self) -> tuple[int, int]:

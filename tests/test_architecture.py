@@ -11,7 +11,9 @@ CORE, ADAPTERS = ROOT / "kfaclinalg", ROOT / "adapters"
 RANKS = {
     "_typing": 0,
     "_array": 1,
+    "_value": 1,
     "_linalg": 2,
+    "_conversions": 2,
     "spd": 3,
     "factors": 3,
     "quadratic": 3,
@@ -27,10 +29,11 @@ RANKS = {
 }
 STANDARD = set(sys.stdlib_module_names)
 DOORS = {
+    "_conversions": {"array_api_compat", "numpy", "scipy"},
     "_array": {"array_api_compat", "array_api_extra", "numpy", "scipy"},
     "_linalg": {"array_api_compat", "array_api_extra", "numpy", "scipy"},
 }
-BACKENDS = {"torch", "jax", "cupy", "cupyx"}  # in `_linalg`, inside a branch
+BACKENDS = {"torch", "jax", "cupy", "cupyx"}  # in `_linalg` and `_value`, inside a branch
 OWN = {
     "kfaclinalg_torch": {"torch", "kfaclinalg"},
     "kfaclinalg_mlp": {"array_api_compat", "kfaclinalg"},
@@ -62,7 +65,7 @@ def test_a_core_module_imports_lower_ranks_only(path):
                 assert RANKS[name] < RANKS[path.stem], f"{path.stem} imports {name}"
         else:
             package = module.partition(".")[0]
-            lazily = path.stem == "_linalg" and not top and package in BACKENDS
+            lazily = path.stem in ("_linalg", "_value") and not top and package in BACKENDS
             assert package in allowed or lazily, f"{path.stem} imports {module}"
 
 
