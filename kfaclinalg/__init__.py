@@ -13,12 +13,14 @@ from .damping import factored_tikhonov, tikhonov_pi
 from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
 from .kronecker import Kronecker, KroneckerBasis
 from .kronecker_pair import KroneckerPair
+from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 from .options import KFACOptions
 from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
 
 __all__ = [
     "BlockDiagonal",
     "BlockTridiagonalInverse",
+    "Diagonal",
     "Factors",
     "KFACOptions",
     "KFACState",
@@ -28,6 +30,7 @@ __all__ = [
     "LayerFactors",
     "LinAlgError",
     "Link",
+    "LowRankPlusDiagonal",
     "Problem",
     "QuadraticFit",
     "StepInfo",
@@ -43,6 +46,8 @@ __all__ = [
     "inner_products",
     "kfac_step",
     "levenberg_marquardt",
+    "low_rank",
+    "low_rank_plus_diagonal",
     "moving_average",
     "reduction_ratio",
     "spd",

@@ -171,15 +171,3 @@ def picked(x: Any, indices: Sequence[int]) -> Any:
     for axis in range(x.ndim):
         x = b.xp.take(x, along, axis=axis)
     return x
-
-
-def is_placeholder(x: Any) -> bool:
-    """Dynamo rebuilds a dataclass with proxies for its fields: nothing can be checked on those, or need be."""
-    return type(x).__module__ == "torch.fx.proxy"
-
-
-def description(operator: object, **arrays: Any) -> str:
-    """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`: what a reader wants to know, without reading a value."""
-    b = resolve(**arrays)
-    shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in arrays.items())
-    return f"{type(operator).__name__}({shapes}, {str(b.dtype).rpartition('.')[2]}, {b.device})"

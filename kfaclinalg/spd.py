@@ -84,6 +84,80 @@ def logdet(M: ArrayT, /) -> ArrayT:
     return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
 
 
+def newton_schulz_inverse(
+    M: ArrayT, start: ArrayT | None = None, /, *, iterations: int = 32, tolerance: float | None = None
+) -> ArrayT:
+    """M⁻¹ (..., n, n) by X <- X (2 I - M X) (Pan & Schreiber 1991; the end of Section 8). Symmetric up to rounding.
+
+    Matrix products only, 4 n³ flops an iteration, of which a cold start takes log2(cond) + 5. Each squares I - M X: an
+    earlier inverse as `start` saves all but the last few, where some multiple of it is near enough to converge; a
+    member for which none is starts cold. What ends with ‖I - M X‖_F above `tolerance`, √eps by default, is NaN: that of
+    the result is of the order eps cond.
+
+    Raises:
+        TypeError, ValueError: M is not square; `start` does not fit it; iterations < 0; tolerance is not positive.
+
+    >>> import numpy as np
+    >>> newton_schulz_inverse(np.asarray([[4.0]]))
+    array([[0.25]])
+    """
+    b = _matrix(M)
+    tolerance = _newton_schulz_options(b, M, start, iterations, tolerance)
+    xp, I = b.xp, b.eye(M.shape[-1])
+    d = xp.linalg.diagonal(M)
+    proper = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(d > 0, axis=-1)
+    M = _linalg.symmetrised(xp.where(proper[..., None, None], M, I))
+    # The unknown is the inverse of H = D^-½ M D^-½, better conditioned; where an entry exceeds the diagonal's 1, M is
+    # not definite.
+    root = xp.sqrt(xp.linalg.diagonal(M))
+    scale = root[..., :, None] * root[..., None, :]
+    H = M / scale
+    proper = proper & xp.all(xp.abs(H) < 2, axis=(-2, -1))
+    H = xp.where(proper[..., None, None], H, I)
+    X = _newton_schulz_start(b, H, None if start is None else _linalg.symmetrised(start) * scale)
+    for _ in range(iterations):
+        R = I - H @ X
+        bounded = (
+            xp.linalg.matrix_norm(R) < 1 / b.eps
+        )  # its square may grow where M is not definite: before it overflows
+        X = xp.where(bounded[..., None, None], X + X @ R, _array.NAN)
+    X = X / scale  # not symmetrised: that would square the condition number in I - M X
+    accepted = proper & (xp.linalg.matrix_norm(I - M @ X) <= tolerance)
+    return xp.where(accepted[..., None, None], X, _array.NAN)
+
+
+def _newton_schulz_start(b: _array.Backend, H: Any, earlier: Any | None) -> Any:
+    """I / ‖H‖ or, where that must converge, the best multiple a of the earlier inverse, which must be definite.
+
+    H times a definite matrix has real eigenvalues μ, with the signs of those of H: from here the iteration converges if
+    and only if all are in (0, 2), and then H is definite. Σ (1 - a μ)² = n - 2 a tr P + a² tr P² < 1 is enough.
+    """
+    xp, n, norm = b.xp, H.shape[-1], b.xp.linalg.matrix_norm
+    cold = b.eye(n) / xp.minimum(norm(H), norm(H, ord=1))[..., None, None]  # both bound the largest eigenvalue
+    if earlier is None:
+        return cold
+    finite = xp.all(xp.isfinite(earlier), axis=(-2, -1))[..., None, None]
+    earlier = xp.where(finite, earlier, -b.eye(n))
+    definite = xp.all(xp.linalg.diagonal(_linalg.cholesky(b, earlier)) > 0, axis=-1)
+    P = H @ earlier
+    trace, square = xp.linalg.trace(P), xp.sum(P * P.mT, axis=(-2, -1))
+    near = definite & (square > 0) & (n * square - trace * trace < square)
+    a = trace / xp.where(near, square, 1.0)
+    return xp.where(near[..., None, None], a[..., None, None] * earlier, cold)
+
+
+def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, tolerance: float | None) -> float:
+    if start is not None:
+        _array.resolve(M=M, start=start)
+        _array.operand(b, "start", start, M.shape[-2:])
+        _array.check_batches(M=M.shape[:-2], start=start.shape[:-2])
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}, expected an integer >= 0")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}, expected a number > 0")
+    return b.eps**0.5 if tolerance is None else float(tolerance)
+
+
 def _matrix(M: Any) -> _array.Backend:
     b = _array.resolve(M=M)
     _array.check_square(M=M)

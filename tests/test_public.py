@@ -20,7 +20,7 @@ CONTRACT = {
     *("KFACState", "StepInfo", "kfac_step", "assert_finite", "LinAlgError", "spd", "testing"),
 }
 CORE = [getattr(kfaclinalg, name) for name in kfaclinalg.__all__ if name not in ("spd", "testing")]
-CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet]
+CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet, spd.newton_schulz_inverse]
 named = pytest.mark.parametrize("thing", [*CORE, kfaclinalg_torch.KFAC], ids=lambda thing: thing.__name__)
 
 

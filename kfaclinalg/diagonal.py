@@ -1,0 +1,81 @@
+"""diag(d) as an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _array, _conversions
+from ._value import value
+
+
+@value
+class Diagonal:
+    """diag(d) for d (..., n). Where an entry is not positive, `inverse`, `solve` and `logdet` give NaN for that member.
+
+    Raises:
+        TypeError, ValueError: d is not a float32 or float64 array (..., n).
+
+    >>> import numpy as np
+    >>> Diagonal(np.asarray([2.0, 4.0])).solve(np.ones((2, 1)))
+    array([[0.5 ],
+           [0.25]])
+    """
+
+    d: Any
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+
+    def __post_init__(self) -> None:
+        self._backend()
+        if self.d.ndim < 1:
+            raise ValueError(f"d has shape {tuple(self.d.shape)}, expected (..., n)")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (self.d.shape[-1], self.d.shape[-1])
+
+    def __matmul__(self, X: Any) -> Any:
+        """d ∘ X for X (..., n, r). n r flops."""
+        b = self._backend()
+        return _array.narrowed(b, self.d[..., None] * self._operand(b, X), X.dtype)
+
+    def inverse(self) -> Diagonal:
+        """diag(1/d). n flops."""
+        return Diagonal(1 / self._positive())
+
+    def solve(self, X: Any) -> Any:
+        """X / d for X (..., n, r). n r flops."""
+        b = self._backend()
+        return _array.narrowed(b, self._operand(b, X) / self._positive()[..., None], X.dtype)
+
+    def logdet(self) -> Any:
+        """Σ log d (...). n flops."""
+        xp = self._backend().xp
+        return xp.sum(xp.log(self._positive()), axis=-1)
+
+    def trace(self) -> Any:
+        """Σ d (...). n flops."""
+        return self._backend().xp.sum(self.d, axis=-1)
+
+    def diagonal(self) -> Any:
+        """d (..., n)."""
+        return self.d
+
+    def to_dense(self) -> Any:
+        """diag(d) (..., n, n)."""
+        b = self._backend()
+        return b.xp.where(b.eye(self.shape[0]) > 0, self.d[..., None], 0.0)
+
+    def _backend(self) -> _array.Backend:
+        return _array.resolve(d=self.d)
+
+    def _operand(self, b: _array.Backend, X: Any) -> Any:
+        Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+        _array.check_batches(d=self.d.shape[:-1], X=X.shape[:-2])
+        return Y
+
+    def _positive(self) -> Any:
+        """d, NaN for a member with an entry that is not positive and finite."""
+        xp = self._backend().xp
+        positive = xp.all((self.d > 0) & xp.isfinite(self.d), axis=-1)
+        return xp.where(positive[..., None], self.d, _array.NAN)

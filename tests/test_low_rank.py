@@ -1,0 +1,675 @@
+import itertools
+import pickle
+import sys
+import warnings
+from typing import NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from backends import EAGER, GPU, JAX, NUMPY, TORCH, TORCH_FLOAT32, Backend, eager_backends, every_backend
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from matrices import judge
+from test_traces import NoSynchronisation
+
+from kfaclinalg import (
+    Diagonal,
+    LowRankPlusDiagonal,
+    _subspace,
+    _woodbury,
+    low_rank,
+    low_rank_plus_diagonal,
+    testing,
+)
+
+METHODS = ("woodbury", "sherman-morrison")
+# JAX compiles anew for every shape, and outside of jit for every operation.
+eager_and_jit = pytest.mark.parametrize("b", [*EAGER, JAX[-1], *GPU], ids=str)
+
+
+class Case(NamedTuple):
+    """How to draw U, s and d with a positive definite sum: the same for every backend but for rounding to its dtype."""
+
+    n: int = 6
+    positive: int = 2  # how many s are positive, and
+    negative: int = 1  # how many are not; the two kinds are mixed in a random order
+    batch: tuple[int, ...] = ()
+    decades: float = 0.3  # log10 of κ, below, as a part of that of 1/eps
+    seed: int = 0
+
+    def arrays(self, b: Backend) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(self.seed)
+        members = [self._member(rng, b) for _ in range(int(np.prod(self.batch)))]
+        shapes = ((self.n, self.positive + self.negative), (self.positive + self.negative,), (self.n,))
+        stacks = [np.array([m[i] for m in members]).reshape(self.batch + shape) for i, shape in enumerate(shapes)]
+        return tuple(x.astype(b.dtype).astype(np.float64) for x in stacks)
+
+    def _member(self, rng, b):
+        spread = b.eps ** (-self.decades / 2)
+        d = rng.permutation(np.geomspace(1 / spread, 1, self.n))
+        P = rng.standard_normal((self.n, self.positive)) * spread ** rng.uniform(0, 0.5)
+        N = P @ rng.standard_normal((self.positive, self.negative)) + rng.standard_normal((self.n, self.negative))
+        # scaled to leave I + P Pᵀ - N Nᵀ definite, by a margin of 1/spread
+        whitened = np.linalg.solve(np.linalg.cholesky(np.eye(self.n) + P @ P.T), N)
+        N *= np.sqrt(1 - 0.5 / spread) / np.linalg.norm(whitened, 2) if N.size else 1
+        s = rng.lognormal(size=self.positive + self.negative)
+        U = np.concatenate([P, N], axis=1) * np.sqrt(d)[:, None] / np.sqrt(s)
+        s[self.positive :] *= -1
+        order = rng.permutation(len(s))
+        return U[:, order], s[order], d
+
+
+def flat(b: Backend, case: Case):
+    """U, s, d of each member, and its dense matrix, in extended precision."""
+    U, s, d = (x.astype(np.longdouble) for x in case.arrays(b))
+    for i in np.ndindex(*case.batch):
+        yield U[i], s[i], d[i], (U[i] * s[i]) @ U[i].T + np.diag(d[i])
+
+
+def amplification(U, s, d, M) -> float:
+    """κ = (‖D‖ + ‖U |S| Uᵀ‖) max(‖M⁻¹‖, ‖D⁻¹‖): the condition number of M by what it is given as, and is inverted as.
+
+    It is that of the dense matrix unless U S Uᵀ cancels against D or within itself, or M⁻¹ is below D⁻¹ all over.
+    """
+    U, s, d, M = (x.astype(float) for x in (U, s, d, M))
+    given = d.max() + (np.linalg.norm((U * abs(s)) @ U.T, 2) if s.size else 0)
+    return given * max(np.linalg.norm(np.linalg.inv(M), 2), 1 / d.min())
+
+
+def run(b: Backend, case: Case, f, *others):
+    arrays = (*case.arrays(b), *others)
+    return b.numpy(b.jit(lambda U, s, d, *xs: f(LowRankPlusDiagonal(U, s, d), *xs))(*map(b.array, arrays)))
+
+
+def run_on(b: Backend, f, M: LowRankPlusDiagonal, X) -> np.ndarray:
+    return b.numpy(b.jit(lambda U, s, d, X: f(LowRankPlusDiagonal(U, s, d), X))(M.U, M.s, M.d, X))
+
+
+def right_hand_sides(b: Backend, case: Case) -> np.ndarray:
+    """M Z for random Z, rounded: a random right-hand side would hide the error of an explicit inverse."""
+    Z = np.random.default_rng(case.seed + 1).standard_normal((case.n, 3))
+    B = np.array([(M @ Z).astype(float) for *_, M in flat(b, case)]).reshape(*case.batch, case.n, 3)
+    return B.astype(b.dtype).astype(float)
+
+
+def check_product(b: Backend, case: Case) -> None:
+    X = np.random.default_rng(1).standard_normal((*case.batch, case.n, 3)).astype(b.dtype).astype(float)
+    Y = run(b, case, lambda M, X: M @ X, X)
+    assert Y.shape == X.shape
+    for (U, s, d, M), X_i, Y_i in zip(flat(b, case), X.reshape(-1, case.n, 3), Y.reshape(-1, case.n, 3), strict=True):
+        size = np.linalg.norm(U) ** 2 * np.max(abs(s), initial=0) + d.max()
+        error = np.linalg.norm((Y_i - M @ X_i).astype(float)) / float(size) / np.linalg.norm(X_i)
+        judge(b, "LowRankPlusDiagonal @", error, testing.solve_bound(case.n + s.size, b.eps))
+
+
+def check_inverse(b: Backend, case: Case, method: str) -> None:
+    B = right_hand_sides(b, case)
+    X = run(b, case, lambda M, B: M.inverse(method).to_dense(), B)
+    X = X.reshape(-1, case.n, case.n)
+    for member, X_i, B_i in zip(flat(b, case), X, B.reshape(-1, case.n, 3), strict=True):
+        error = testing.backward_error(member[-1], X_i @ B_i, B_i)
+        judge(b, f"LowRank.inverse {method}", error, testing.inverse_bound(amplification(*member), b.eps))
+
+
+def check_solve(b: Backend, case: Case) -> None:
+    B = right_hand_sides(b, case)
+    X = run(b, case, lambda M, B: M.solve(B), B)
+    assert X.shape == B.shape
+    for member, X_i, B_i in zip(flat(b, case), X.reshape(-1, case.n, 3), B.reshape(-1, case.n, 3), strict=True):
+        U, s, d, M = member
+        size = np.linalg.norm(((U * abs(s)) @ U.T + np.diag(d)).astype(float))
+        error = np.linalg.norm((B_i - M @ X_i).astype(float)) / (size * np.linalg.norm(X_i) + np.linalg.norm(B_i))
+        judge(b, "LowRankPlusDiagonal.solve", error, testing.solve_bound(case.n + s.size, b.eps))
+
+
+def check_logdet(b: Backend, case: Case) -> None:
+    computed = run(b, case, lambda M: M.logdet())
+    assert computed.shape == case.batch
+    for (U, s, d, M), value in zip(flat(b, case), computed.reshape(-1), strict=True):
+        with mpmath.workdps(40):
+            mp = np.vectorize(mpmath.mpf, otypes=[object])
+            U_mp, s_mp, d_mp = (mp(x.astype(float)) if x.size else x.astype(object) for x in (U, s, d))
+            dense = (U_mp * s_mp) @ U_mp.T + np.diag(d_mp)
+            exact = float(mpmath.log(mpmath.det(mpmath.matrix(dense.tolist()))))
+        bound = testing.logdet_bound(case.n, amplification(U, s, d, M), exact, b.eps)
+        judge(b, "LowRankPlusDiagonal.logdet", abs(value - exact), bound)
+
+
+CHECKS = {
+    "product": check_product,
+    "woodbury": lambda b, case: check_inverse(b, case, "woodbury"),
+    "sherman-morrison": lambda b, case: check_inverse(b, case, "sherman-morrison"),
+    "solve": check_solve,
+    "logdet": check_logdet,
+}
+EDGES = [Case(1, 1, 0), Case(3, 0, 0, (2,)), Case(4, 0, 3, (3,)), Case(5, 4, 4, (2, 2), 0.5), Case(3, 2, 1, (0,))]
+FEW = [Case(), Case(3, 0, 0), Case(4, 1, 1, (2,))]
+
+
+@every_backend
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_errors_are_within_their_bounds_everywhere(b, case, check):
+    check(b, case)
+
+
+@eager_backends
+@pytest.mark.parametrize("case", EDGES, ids=str)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_errors_are_within_their_bounds(b, case, check):
+    check(b, case)
+
+
+@eager_backends
+@given(
+    case=st.builds(
+        Case,
+        n=st.integers(1, 12),
+        positive=st.integers(0, 8),
+        negative=st.integers(0, 8),
+        batch=st.sampled_from([(), (3,), (0,)]),
+        decades=st.floats(0, 0.6),
+        seed=st.integers(0, 2**16),
+    )
+)
+def test_errors_are_within_their_bounds_for_random_cases(b, case):
+    # the premise of `solve`, and of "definite to working precision"
+    assume(all(amplification(*member) < b.eps**-0.7 for member in flat(b, case)))
+    for name, check in CHECKS.items():
+        if name != "logdet" or case.n <= 6:  # mpmath takes its time
+            check(b, case)
+
+
+@eager_backends
+@pytest.mark.parametrize("signs", sorted(set(itertools.permutations([1, 1, -1, -1, 0]))), ids=str)
+def test_the_signs_may_come_in_any_order(b, signs):
+    """A column with s = 0, and one that repeats another, are among them."""
+    U = np.random.default_rng(0).standard_normal((4, 5)).astype(b.dtype).astype(float)
+    U[:, 3] = U[:, 0]
+    s = np.asarray([{1: 2.0, -1: -0.0625, 0: 0.0}[sign] for sign in signs])
+    dense = (U * s) @ U.T + 2 * np.eye(4)
+    assert np.linalg.eigvalsh(dense)[0] > 0.1  # the premise
+    M = LowRankPlusDiagonal(b.array(U), b.array(s), b.array(np.full(4, 2.0)))
+    bound = testing.inverse_bound(np.linalg.cond(dense), b.eps)
+    for method in METHODS:
+        X = b.numpy(M.inverse(method).to_dense())
+        judge(b, f"LowRank.inverse {method}", testing.backward_error(dense, X @ dense, dense), bound)
+
+
+def test_the_negative_first_would_pass_through_an_indefinite_matrix():
+    """1 - 2 + 4 > 0, but 1 - 2 < 0: the order of the recursion is not the order of the columns."""
+    M = LowRankPlusDiagonal(np.ones((1, 2)), np.asarray([-2.0, 4.0]), np.ones(1))
+    for method in METHODS:
+        np.testing.assert_allclose(M.inverse(method).to_dense(), [[1 / 3]], rtol=1e-14)
+
+
+@eager_and_jit
+def test_without_u_it_is_division(b):
+    d, X = np.asarray([0.5, 2.0, 3.0]), np.ones((3, 2))
+    for M in (
+        LowRankPlusDiagonal(b.array(np.zeros((3, 2))), b.array([3.0, -4.0]), b.array(d)),
+        LowRankPlusDiagonal(b.array(np.zeros((3, 0))), b.array(np.zeros(0)), b.array(d)),
+        Diagonal(b.array(d)),
+    ):
+        for Y in (M.inverse() @ b.array(X), M.solve(b.array(X))):
+            np.testing.assert_allclose(b.numpy(Y), X / d[:, None], rtol=testing.C * b.eps)
+        np.testing.assert_allclose(b.numpy(M.inverse().to_dense()), np.diag(1 / d), rtol=testing.C * b.eps)
+        assert b.numpy(M.logdet()) == pytest.approx(np.log(3), rel=testing.C * b.eps)
+
+
+@eager_backends
+def test_the_inverse_of_the_inverse(b):
+    case = Case(decades=0.2)
+    twice = run(b, case, lambda M: M.inverse().inverse().to_dense())
+    ((*arrays, M),) = flat(b, case)
+    bound = testing.inverse_bound(2 * amplification(*arrays, M), b.eps)
+    judge(
+        b,
+        "LowRank.inverse twice",
+        float(np.linalg.norm((twice - M).astype(float)) / np.linalg.norm(M.astype(float))),
+        bound,
+    )
+
+
+@eager_and_jit
+def test_trace_diagonal_and_dense(b):
+    case = Case(batch=(2,))
+    dense = np.array([M.astype(float) for *_, M in flat(b, case)])
+    size = np.abs(dense).max()
+    bound = testing.solve_bound(case.n + 3, b.eps) * size
+    np.testing.assert_allclose(
+        run(b, case, lambda M: M.trace()), np.trace(dense, axis1=1, axis2=2), atol=case.n * bound
+    )
+    np.testing.assert_allclose(run(b, case, lambda M: M.diagonal()), np.diagonal(dense, axis1=1, axis2=2), atol=bound)
+    X = run(b, case, lambda M: M.to_dense())
+    np.testing.assert_allclose(X, dense, atol=bound)
+    np.testing.assert_array_equal(X, X.swapaxes(-1, -2))
+
+
+@every_backend
+def test_diagonal(b):
+    d, X = np.asarray([[0.5, 2.0, 4.0], [1.0, 2.0, 8.0]]), np.random.default_rng(0).standard_normal((2, 3, 2))
+    D, X = Diagonal(b.array(d)), b.array(X)
+    np.testing.assert_array_equal(b.numpy(D @ X), d[..., None] * b.numpy(X))
+    np.testing.assert_array_equal(b.numpy(D.solve(X)), b.numpy(X) / d[..., None])
+    np.testing.assert_array_equal(b.numpy(D.to_dense()), d[..., None] * np.eye(3))
+    np.testing.assert_array_equal(b.numpy(D.trace()), d.sum(axis=-1))
+    np.testing.assert_array_equal(b.numpy(D.diagonal()), d)
+    np.testing.assert_allclose(b.numpy(D.logdet()), np.log(d.prod(axis=-1)), rtol=testing.C * b.eps)
+
+
+SPOILED = {
+    "d is zero": lambda U, s, d: (U, s, d * [1, 0, 1]),
+    "d is negative": lambda U, s, d: (U, s, d * [1, -1, 1]),
+    "s is too negative": lambda U, s, d: (U, -4 * abs(s), d),
+    "NaN in U": lambda U, s, d: (U * [[1, 1], [np.nan, 1], [1, 1]], s, d),
+    "infinity in U": lambda U, s, d: (np.where(np.eye(3, 2) > 0, np.inf, U), s, d),
+    "NaN in s": lambda U, s, d: (U, s * [1, np.nan], d),
+    "infinity in s, and its column is zero": lambda U, s, d: (U * [1, 0], s * [1, np.inf], d),
+    "NaN in d": lambda U, s, d: (U, s, d * [1, 1, np.nan]),
+    "infinity in d": lambda U, s, d: (U, s, d * [1, 1, np.inf]),
+    "singular": lambda U, s, d: (np.eye(3)[:, :2], np.asarray([-1.0, 1.0]), np.ones(3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@eager_and_jit
+def test_a_failing_member_is_nan_as_a_whole_and_the_others_are_not_touched(b):
+    good = Case(3, 1, 1).arrays(b)
+    members = [good, *(spoil(*good) for spoil in SPOILED.values()), good]
+    M, one = (LowRankPlusDiagonal(*(b.array(np.stack(x)) for x in zip(*m, strict=True))) for m in (members, [good]))
+    X = np.concatenate([np.eye(3), np.zeros((3, 1))], axis=1)  # zeros do not hide it
+    for f in OUTPUTS:
+        computed, expected = (run_on(b, f, operator, b.array(X)) for operator in (M, one))
+        for i, name in enumerate(SPOILED, start=1):
+            assert np.isnan(computed[i]).all(), name
+        for i in (0, -1):
+            np.testing.assert_allclose(computed[i], expected[0], rtol=1e3 * b.eps, atol=1e3 * b.eps)
+
+
+OUTPUTS = [
+    lambda M, X: M.inverse() @ X,
+    lambda M, X: M.inverse("sherman-morrison") @ X,
+    lambda M, X: M.inverse().to_dense(),
+    lambda M, X: M.inverse().trace(),
+    lambda M, X: M.solve(X),
+    lambda M, X: M.logdet(),
+]
+
+
+# Plain products follow IEEE: an infinity in U is met by the zeros with which a BLAS fills up its blocks.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@eager_backends
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_single_failing_matrix_is_nan(b, spoil):
+    M = LowRankPlusDiagonal(*map(b.array, spoil(*Case(3, 1, 1).arrays(b))))
+    for f in OUTPUTS:
+        assert np.isnan(b.numpy(f(M, b.array(np.eye(3))))).all()
+
+
+@every_backend
+@pytest.mark.parametrize("entry", [0.0, -1.0, np.nan, np.inf])
+def test_a_failing_member_of_a_diagonal_is_nan(b, entry):
+    D = Diagonal(b.array([[1.0, 2.0], [entry, 2.0]]))
+    X = b.array(np.eye(2))
+    for Y in (D.inverse() @ X, D.solve(X), D.logdet()):
+        assert np.isfinite(b.numpy(Y)[0]).all()
+        assert np.isnan(b.numpy(Y)[1]).all()
+
+
+@pytest.mark.parametrize("b", [TORCH, TORCH_FLOAT32], ids=str)
+@pytest.mark.parametrize("n", [1, 3, 100, 2000])
+def test_a_matrix_that_is_singular_up_to_rounding_is_nan(b, n):
+    """I - v vᵀ with ‖v‖ = 1, and I + p pᵀ - v vᵀ with v scaled likewise: the sign of the pivot is noise."""
+    rng = np.random.default_rng(n)
+    p, v = rng.standard_normal((2, 50, n, 1)).astype(np.longdouble)
+    p *= 30 / np.linalg.norm(p, axis=-2, keepdims=True)
+    ones = np.ones((50, n))
+    alone = v / np.linalg.norm(v, axis=-2, keepdims=True)
+    solved = v.mT @ v - (p.mT @ v) ** 2 / (1 + p.mT @ p)
+    both = np.concatenate([p, v / np.sqrt(solved)], axis=-1)
+    for U, s in ((alone, [-1.0]), (both, [1.0, -1.0])):
+        M = LowRankPlusDiagonal(b.array(U), b.array(s), b.array(ones))
+        for method in METHODS:
+            assert np.isnan(b.numpy(M.inverse(method).d)).all()
+        assert np.isnan(b.numpy(M.logdet())).all()
+
+
+def test_a_diagonal_too_small_to_invert_with_is_nan():
+    """M = 1, but 1e20 - 1e20 has no digit of its inverse: never a wrong finite number."""
+    M = LowRankPlusDiagonal(np.ones((1, 1)), np.ones(1), np.full(1, 1e-20))
+    assert np.isnan(M.solve(np.ones((1, 1)))).all()
+    assert M.logdet() == pytest.approx(0, abs=1e-14)
+
+
+@eager_and_jit
+def test_batches_broadcast(b):
+    U, s, d = Case(3, 1, 1).arrays(b)
+    M = LowRankPlusDiagonal(b.array(np.stack([U, 0.5 * U])[:, None]), b.array(s), b.array(np.stack([d] * 4) * 2))
+    X = b.array(np.ones((5, 1, 1, 3, 2)))
+    for f in (
+        lambda M, X: M @ X,
+        lambda M, X: M.inverse() @ X,
+        lambda M, X: M.inverse("sherman-morrison") @ X,
+        lambda M, X: M.solve(X),
+    ):
+        Y = run_on(b, f, M, X)
+        assert Y.shape == (5, 2, 4, 3, 2)
+        one = LowRankPlusDiagonal(b.array(0.5 * U), b.array(s), b.array(2 * d))
+        np.testing.assert_allclose(Y[2, 1, 3], b.numpy(f(one, X))[2, 0, 0], rtol=b.eps**0.5)
+    assert b.numpy(M.logdet()).shape == b.numpy(M.trace()).shape == (2, 4)
+    assert b.numpy(M.to_dense()).shape == b.numpy(M.inverse().to_dense()).shape == (2, 4, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_x_is_computed_in_the_operators_dtype(dtype):
+    M = LowRankPlusDiagonal(*map(TORCH.array, Case().arrays(TORCH)))
+    X = torch.arange(12).reshape(6, 2).to(dtype)
+    for f in (lambda X: M @ X, M.solve, lambda X: Diagonal(M.d) @ X, Diagonal(M.d).solve):
+        assert f(X).dtype == dtype
+        torch.testing.assert_close(f(X), f(X.double()).to(dtype), rtol=0, atol=0)
+
+
+def test_values_travel():
+    M = pickle.loads(pickle.dumps(LowRankPlusDiagonal(np.ones((3, 2)), np.ones(2), np.ones(3))))
+    assert repr(M) == "LowRankPlusDiagonal(U: (3, 2), s: (2,), d: (3,), float64, cpu)"
+    assert repr(Diagonal(np.ones(3))) == "Diagonal(d: (3,), float64, cpu)"
+    assert M.shape == Diagonal(np.ones(3)).shape == (3, 3)
+    assert M.trace() == 9
+    with pytest.raises(TypeError):
+        np.eye(3) @ M
+
+
+def operator():
+    return LowRankPlusDiagonal(np.ones((3, 2)), np.ones(2), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "message"),
+    [
+        (ValueError, lambda: Diagonal(np.asarray(1.0)), r"d has shape \(\), expected \(\.\.\., n\)"),
+        (ValueError, lambda: LowRankPlusDiagonal(*np.ones((3, 2))), r"U has shape \(2,\), expected \(\.\.\., n, k\)"),
+        (
+            ValueError,
+            lambda: LowRankPlusDiagonal(np.ones((3, 2)), np.ones(3), np.ones(3)),
+            r"s has shape \(3,\), expected \(\.\.\., 2\)",
+        ),
+        (
+            ValueError,
+            lambda: LowRankPlusDiagonal(np.ones((3, 2)), np.ones(2), np.ones(2)),
+            r"d has shape \(2,\), expected \(\.\.\., 3\)",
+        ),
+        (
+            ValueError,
+            lambda: LowRankPlusDiagonal(np.ones((4, 3, 2)), np.ones((5, 2)), np.ones(3)),
+            r"s has batch shape \(5,\), which does not broadcast with \(4,\) of U",
+        ),
+        (ValueError, lambda: operator() @ np.ones((2, 1)), r"X has shape \(2, 1\), expected \(\.\.\., 3, 1\)"),
+        (ValueError, lambda: operator().solve(np.ones(3)), r"X has shape \(3,\), expected"),
+        (
+            ValueError,
+            lambda: operator().inverse("lu"),
+            "method is 'lu', expected one of 'woodbury', 'sherman-morrison'",
+        ),
+        (ValueError, lambda: Diagonal(np.ones((2, 3))) @ np.ones((4, 3, 1)), r"X has batch shape \(4,\)"),
+        (TypeError, lambda: Diagonal([1.0]), "d is a builtins.list, expected an array"),
+        (TypeError, lambda: operator() @ np.ones((3, 1), dtype=np.float32), "X has dtype float32, expected float64"),
+        (TypeError, lambda: operator() @ torch.ones(3, 1), r"X is an array of .*torch, expected one of .*numpy"),
+        (
+            TypeError,
+            lambda: LowRankPlusDiagonal(np.ones((3, 2)), np.ones(2, dtype=np.float32), np.ones(3)),
+            "s has dtype float32, expected float64, the dtype of U",
+        ),
+        (ValueError, lambda: low_rank(np.eye(3), 4), "rank is 4, expected an integer from 0 to 3, the size of M"),
+        (ValueError, lambda: low_rank(np.eye(3), -1), "rank is -1, expected an integer from 0 to 3"),
+        (ValueError, lambda: low_rank(np.eye(3), 1.5), "rank is 1.5, expected an integer"),
+        (ValueError, lambda: low_rank(np.ones((2, 3)), 1), r"M has shape \(2, 3\), expected \(\.\.\., n, n\)"),
+        (ValueError, lambda: low_rank(np.eye(3), 1, iterations=-1), "iterations is -1, expected an integer >= 0"),
+        (
+            ValueError,
+            lambda: low_rank_plus_diagonal(np.eye(3), 1, start=operator()),
+            r"start has shape \(3, 2\), expected \(\.\.\., 3, 1\)",
+        ),
+        (TypeError, lambda: low_rank(np.eye(3), 1, start=np.eye(3)), "start is a ndarray, expected a LowRankPlusD"),
+        (TypeError, lambda: low_rank(torch.eye(3), 2, start=operator()), "start is an array of .*numpy"),
+    ],
+)
+def test_mistakes_are_refused(error, call, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the subspace iteration ---
+
+
+def symmetric(b: Backend, eigenvalues, seed=0, batch=()):
+    """Q diag(eigenvalues) Qᵀ in the backend's dtype, and its rounded self in float64."""
+    rng = np.random.default_rng(seed)
+    M = np.array([testing.spd_matrix(eigenvalues, rng) for _ in range(int(np.prod(batch)))])
+    return M.reshape(*batch, len(eigenvalues), len(eigenvalues)).astype(b.dtype).astype(float)
+
+
+def truncated(M: np.ndarray, rank: int) -> np.ndarray:
+    w, Q = np.linalg.eigh(M)
+    kept = np.argsort(-abs(w))[:rank]
+    return (Q[:, kept] * w[kept]) @ Q[:, kept].T
+
+
+def check_rank_k(b: Backend, M: np.ndarray, rank: int, **options) -> None:
+    """Against the truncated eigendecomposition of a matrix whose spectrum has a gap there."""
+    n = M.shape[-1]
+    computed = low_rank(b.array(M), rank, **options)
+    U, s = b.numpy(computed.U), b.numpy(computed.s)
+    X = b.numpy(computed.to_dense())
+    assert (b.numpy(computed.d) == 0).all()
+    assert (np.diff(abs(s), axis=-1) <= 0).all()
+    for i in np.ndindex(*M.shape[:-2]):
+        M_i, U_i, X_i = M[i], U[i], X[i]
+        judge(b, "low_rank, orthonormal U", np.linalg.norm(U_i.T @ U_i - np.eye(rank)), testing.solve_bound(n, b.eps))
+        w = np.sort(abs(np.linalg.eigvalsh(M_i)))[::-1]
+        gap = (w[rank - 1] - w[rank]) / w[0] if 0 < rank < n else 1.0
+        error = np.linalg.norm(X_i - truncated(M_i, rank)) / w[0]
+        judge(b, "low_rank", error, testing.solve_bound(n, b.eps) / gap)
+
+
+@eager_backends
+@pytest.mark.parametrize("batch", [(), (2,), (0,)])
+def test_low_rank_is_the_truncated_eigendecomposition(b, batch):
+    check_rank_k(b, symmetric(b, [1.0, -0.9, 0.8, -0.75, *[1e-3 * (-0.9) ** i for i in range(16)]], batch=batch), 4)
+
+
+@eager_backends
+@given(data=st.data())
+def test_low_rank_for_random_spectra(b, data):
+    n = data.draw(st.integers(1, 24))
+    rank = data.draw(st.integers(0, n))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    kept = rng.uniform(0.5, 1, rank) * rng.choice([-1, 1], rank)
+    check_rank_k(b, symmetric(b, [*kept, *rng.uniform(-1e-3, 1e-3, n - rank)], seed=rank), rank)
+
+
+@eager_backends
+@pytest.mark.parametrize("rank", [0, 1, 4, 12])
+def test_low_rank_of_a_matrix_of_low_rank_is_exact(b, rank):
+    """A single iteration does: the range is found at once."""
+    M = symmetric(b, [*np.geomspace(1, 1e-2, rank) * (-1) ** np.arange(rank), *np.zeros(12 - rank)])
+    X = b.numpy(low_rank(b.array(M), rank, iterations=1).to_dense())
+    judge(b, "low_rank, exact", np.linalg.norm(X - M), testing.solve_bound(12, b.eps))
+
+
+@eager_backends
+@pytest.mark.parametrize("exponent", [-15, 0, 15])
+def test_low_rank_plus_diagonal(b, exponent):
+    """A diagonal plus a matrix of low rank and zero diagonal is found; and M - diag M is indefinite."""
+    n, rank = 12, 4
+    E = np.zeros((n, n))
+    E[0, 1:] = E[1:, 0] = 1 / np.arange(1, n)  # eigenvalues ±‖e‖: equal magnitude, opposite signs
+    E[2, 3] = E[3, 2] = 0.5
+    M = ((E + np.diag(np.arange(2.0, 2 + n))) * 10.0**exponent).astype(b.dtype).astype(float)
+    computed = low_rank_plus_diagonal(b.array(M), rank)
+    np.testing.assert_array_equal(b.numpy(computed.d), np.diagonal(M))
+    assert sorted(np.sign(b.numpy(computed.s))) == [-1, -1, 1, 1]
+    error = np.linalg.norm(b.numpy(computed.to_dense()) - M) / np.linalg.norm(M)
+    judge(b, "low_rank_plus_diagonal", error, testing.solve_bound(n, b.eps))
+    X = b.numpy(computed.inverse().to_dense())
+    judge(
+        b,
+        "low_rank_plus_diagonal, inverse",
+        testing.backward_error(M, X @ M, M),
+        testing.inverse_bound(np.linalg.cond(M), b.eps),
+    )
+
+
+def iterations_needed(M, rank, start):
+    """Until the error is 100 eps of the truncated eigendecomposition's."""
+    exact = truncated(M, rank)
+    for iterations in range(50):
+        X = low_rank(M, rank, iterations=iterations, start=start).to_dense()
+        if np.linalg.norm(X - exact) <= 100 * NUMPY.eps:
+            return iterations
+    raise AssertionError("no convergence")
+
+
+def test_a_warm_start_pays():
+    n, rank = 30, 5
+    M = symmetric(NUMPY, [*np.linspace(1, 0.6, rank), *0.4 * 0.9 ** np.arange(n - rank)])
+    start = low_rank(M, rank, iterations=45)
+    assert iterations_needed(M, rank, start) == 0
+    E = symmetric(NUMPY, np.linspace(-1, 1, n), seed=1)
+    cold, warm = (iterations_needed(M + 1e-6 * E, rank, x) for x in (None, start))
+    assert warm <= 0.7 * cold
+
+
+@eager_and_jit
+def test_a_start_that_never_saw_the_large_eigenvalues_still_finds_them(b):
+    """The start spans an invariant subspace: alone it would never leave it."""
+    M = np.diag([1e-3, 1e-3, 1.0, 0.0, 0.5, 0.0])
+    start = LowRankPlusDiagonal(b.array(np.eye(6)[:, :2]), b.array([1.0, 1.0]), b.array(np.zeros(6)))
+    X = b.numpy(low_rank(b.array(M), 2, start=start).to_dense())
+    np.testing.assert_allclose(X, np.diag([0, 0, 1.0, 0, 0.5, 0]), atol=testing.solve_bound(6, b.eps))
+
+
+@every_backend
+@pytest.mark.parametrize("f", [low_rank, low_rank_plus_diagonal])
+def test_a_matrix_that_is_not_finite_gives_nan_for_its_member(b, f):
+    M = np.stack([np.diag([3.0, 2.0, 1.0, 0.5])] * 4)
+    M[:, 0, 1] = M[:, 1, 0] = 1.0
+    M[1, 0, 1] = np.nan
+    M[2, 2, 2] = np.inf
+    computed = f(b.array(M), 2)
+    for x in (computed.U, computed.s, computed.to_dense()):
+        assert np.isnan(b.numpy(x)[1:3]).all()
+        assert np.isfinite(b.numpy(x)[[0, 3]]).all()
+    # a member that failed earlier is no start, and does no harm
+    again = f(b.array(np.stack([M[0]] * 4)), 2, start=computed)
+    np.testing.assert_allclose(b.numpy(again.to_dense())[1], b.numpy(again.to_dense())[0], atol=1e3 * b.eps)
+
+
+@eager_backends
+@pytest.mark.parametrize("M", [np.zeros((3, 3)), np.eye(3), np.ones((3, 3)), np.ones((1, 1)), -np.eye(3)], ids=str)
+def test_degenerate_matrices(b, M):
+    n = len(M)
+    for rank in range(n + 1):
+        X = b.numpy(low_rank(b.array(M), rank).to_dense())
+        best = np.sqrt((np.sort(np.linalg.eigvalsh(M) ** 2)[: n - rank]).sum())
+        assert np.linalg.norm(X - M) == pytest.approx(best, abs=testing.solve_bound(n, b.eps))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 24, 100, 500])
+def test_the_start_is_well_conditioned_and_the_same_everywhere(n):
+    X = _subspace._mixing(_woodbury._array.resolve(M=np.eye(1)), n, n // 2 + 1)
+    assert np.linalg.cond(X) < 20
+    assert abs(X).min() > 0
+    Y = _subspace._mixing(_woodbury._array.resolve(M=torch.eye(1)), n, n // 2 + 1)
+    np.testing.assert_allclose(Y, X, atol=1e-5)
+
+
+# --- what no value shows, and what a wrong value shows ---
+
+HOT = {
+    "Diagonal @": lambda M, X: Diagonal(M.d) @ X,
+    "Diagonal.solve": lambda M, X: Diagonal(M.d).solve(X),
+    "Diagonal.inverse": lambda M, X: Diagonal(M.d).inverse() @ X,
+    "@": lambda M, X: M @ X,
+    "woodbury": lambda M, X: M.inverse() @ X,
+    "sherman-morrison": lambda M, X: M.inverse("sherman-morrison") @ X,
+    "solve": lambda M, X: M.solve(X),
+    "logdet": lambda M, X: M.logdet(),
+    "trace": lambda M, X: M.trace(),
+    "diagonal": lambda M, X: M.diagonal(),
+    "to_dense": lambda M, X: M.to_dense(),
+}
+COLD = {
+    "low_rank": lambda M, X: low_rank(X @ X.mT, 2).to_dense(),
+    "low_rank_plus_diagonal": lambda M, X: low_rank_plus_diagonal(X @ X.mT, 2, start=M).to_dense(),
+}
+hot = pytest.mark.parametrize("f", HOT.values(), ids=HOT)
+
+
+def arguments(device="cpu", dtype=torch.float64):
+    U, s, d = (torch.asarray(x, dtype=dtype, device=device) for x in Case(4, 1, 1).arrays(TORCH))
+    return U, s, d, torch.ones((4, 3), device=device, dtype=dtype)
+
+
+@hot
+def test_the_hot_path_never_waits_for_the_device(f):
+    with NoSynchronisation():
+        U, s, d, X = arguments()
+        f(LowRankPlusDiagonal(U, s, d), X)
+
+
+@pytest.mark.parametrize("f", [*HOT.values(), *COLD.values()], ids=[*HOT, *COLD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_value_is_read_and_no_array_is_made_elsewhere(f, dtype):
+    U, s, d, X = arguments("meta", dtype)
+    result = f(LowRankPlusDiagonal(U, s, d), X)
+    assert result.device.type == "meta"
+    assert result.dtype == dtype
+    assert result.shape == f(LowRankPlusDiagonal(*arguments()[:3]), arguments()[3]).shape
+
+
+@hot
+def test_torch_compile_takes_it_whole(f):
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        compiled = torch.compile(lambda U, s, d, X: f(LowRankPlusDiagonal(U, s, d), X), fullgraph=True, backend="eager")
+        U, s, d, X = arguments()
+        torch.testing.assert_close(compiled(U, s, d, X), f(LowRankPlusDiagonal(U, s, d), X))
+
+
+def test_gradients_pass_through():
+    U, s, d = (TORCH.array(x).requires_grad_() for x in Case(4, 1, 1, decades=0.05).arrays(TORCH))
+    X = torch.ones((4, 3), dtype=torch.float64, requires_grad=True)
+    for method in METHODS:
+        assert torch.autograd.gradcheck(
+            lambda U, s, d, X, method=method: LowRankPlusDiagonal(U, s, d).inverse(method) @ X, (U, s, d, X)
+        )
+    assert torch.autograd.gradcheck(lambda U, s, d, X: LowRankPlusDiagonal(U, s, d).solve(X), (U, s, d, X))
+
+
+@pytest.mark.parametrize("check", [c for name, c in CHECKS.items() if name != "product"])
+def test_the_bounds_catch_a_perturbed_factorisation(monkeypatch, check):
+    factorise = _woodbury.factorise
+
+    def perturbed(*arguments):
+        d, T, J, logdet = factorise(*arguments)
+        return _woodbury.Factorisation(d, T * (1 + 1e-6), J, logdet + 1e-6)
+
+    monkeypatch.setattr(_woodbury, "factorise", perturbed)
+    monkeypatch.setattr(sys.modules["kfaclinalg.low_rank"], "REFINEMENTS", 0)
+    with pytest.raises(AssertionError):
+        check(TORCH, Case(decades=0.1))
+
+
+def test_the_bounds_catch_a_solve_that_is_not_refined(monkeypatch):
+    monkeypatch.setattr(sys.modules["kfaclinalg.low_rank"], "REFINEMENTS", 0)
+    with pytest.raises(AssertionError):
+        check_solve(TORCH, Case(6, 5, 0, (10,), decades=0.6))
+
+
+def test_the_bounds_catch_too_few_iterations():
+    with pytest.raises(AssertionError):
+        check_rank_k(NUMPY, symmetric(NUMPY, [1.0, 0.9, *0.5 * 0.9 ** np.arange(18)]), 2, iterations=1)
