@@ -120,7 +120,7 @@ def low_rank(
     """rank_k(M) = U diag(s) Uᵀ of the eigenpairs of (M + Mᵀ)/2 of the largest magnitude, in that order; d is zero.
 
     By subspace iteration from the columns of an earlier result `start`, or else of a fixed matrix. Each is a product
-    and a QR factorisation, 2 n² k + 4 n k² flops, and takes a factor of about |λ_(k+6) / λ_k| off the error.
+    and a QR factorisation, 2 n² k + 4 n k² flops, and takes a factor of about `|λ_(k+6) / λ_k|` off the error.
 
     Raises:
         TypeError, ValueError: M is not square; rank is not in 0, ..., n; iterations is negative; `start` does not fit.
