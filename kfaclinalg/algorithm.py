@@ -112,7 +112,8 @@ def kfac_step(
         ratio = reduction_ratio(loss, loss_after, step.change)
         damping = max(levenberg_marquardt(damping, ratio, omega=options.omega1), eta)  # λ >= η: a guard
 
-    info = StepInfo(loss, state.damping, step.gamma, *step[3:6], ratio, step.norm, refreshed, refused)
+    fit = (step.alpha, step.mu, step.change)
+    info = StepInfo(loss, state.damping, step.gamma, *fit, ratio, step.norm, refreshed, refused)
     if refused:
         no_step = info._replace(alpha=0.0, mu=0.0, change=0.0, update_norm=0.0, refreshed=False)
         return weights, _more_damped(state, options, info), no_step

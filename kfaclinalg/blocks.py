@@ -8,7 +8,7 @@ from operator import add
 from typing import Any
 
 from . import _array, _conversions, _linalg
-from ._value import value
+from ._value import leaves, value
 
 
 @value
@@ -97,14 +97,17 @@ class BlockTridiagonalInverse:
         """F̂⁻¹ (V_1, ..., V_l). Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ."""
         if len(Vs) != len(self.Lambda):
             raise ValueError(f"got {len(Vs)} matrices, expected {len(self.Lambda)}, one a layer")
+        b = _array.resolve(Lambda=next(leaves(self.Lambda)))
+        layers = zip(self.Lambda, Vs, strict=True)
+        Xs = [_array.operand(b, f"Vs[{i}]", V, block.shape) for i, (block, V) in enumerate(layers)]
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
         # up-sweep: Ξ
-        Us = [V - G @ above @ A.mT for V, above, (A, G) in zip(Vs, Vs[1:], links, strict=False)]
+        Us = [X - G @ above @ A.mT for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]
         # solve: Λ
-        Us = [block @ U for block, U in zip(self.Lambda, [*Us, Vs[-1]], strict=True)]
+        Us = [block @ U for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]
         # down-sweep: Ξᵀ
         Ws = [U - G.mT @ below @ A for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
-        return (Us[0], *Ws)
+        return tuple(_array.narrowed(b, W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
 
     __matmul__ = apply
 

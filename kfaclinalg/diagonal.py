@@ -23,6 +23,7 @@ class Diagonal:
 
     d: Any
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+    as_scipy = _conversions.as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         self._backend()

@@ -49,8 +49,10 @@ class KroneckerPair:
 
     def __matmul__(self, V: Any) -> Any:
         """B V Aᵀ + D V Cᵀ (..., m, n). 4 m n (m + n) flops."""
+        b = self._backend()
+        X = _array.operand(b, "V", V, self.shape)
         first, second = self._terms()
-        return first @ V + second @ V
+        return _array.narrowed(b, first @ X + second @ X, V.dtype)
 
     def inverse(self, method: str = "eigh") -> KroneckerBasis:
         """(A ⊗ B + C ⊗ D)⁻¹ by one generalised symmetric eigenproblem a factor. About 11 (n³ + m³) flops."""
@@ -73,7 +75,10 @@ class KroneckerPair:
         ρ(A⁻¹C) ρ(B⁻¹D) < 1 and is NaN otherwise, even where the pair is definite.
         """
         _array.check_choice("method", method, ("eigh", "smith"))
-        return self.inverse() @ V if method == "eigh" else self._smith(V)
+        if method == "eigh":
+            return self.inverse() @ V
+        b = self._backend()
+        return _array.narrowed(b, self._smith(_array.operand(b, "V", V, self.shape)), V.dtype)
 
     def logdet(self) -> Any:
         """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse."""

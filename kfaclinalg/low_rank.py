@@ -36,6 +36,7 @@ class LowRankPlusDiagonal:
     s: Any
     d: Any
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+    as_scipy = _conversions.as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         b = self._backend()

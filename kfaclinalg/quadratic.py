@@ -47,7 +47,7 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     k = slopes.shape[-1]
     for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
         _array.operand(b, name, gram, (k, k))
-    Q = _linalg.symmetrised(_array.widest(curvature_gram) + damping * _array.widest(direction_gram))
+    Q = _linalg.symmetrised(_array.widest(curvature_gram) + _array.per_member(damping) * _array.widest(direction_gram))
     finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(slopes), axis=-1)
     Q = b.xp.where(finite[..., None, None], Q, _array.NAN)  # the whole member is NaN then
     # In units where each direction has curvature 1, so that a parallel one is known by its cosine.

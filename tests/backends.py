@@ -87,6 +87,7 @@ EAGER = [
 ]
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 no_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="no CuPy")
+DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]
 GPU = [
     pytest.param(Backend("cuda", lambda x: torch.asarray(x).cuda(), _torch_read), marks=no_cuda),
     pytest.param(Backend("cuda-float32", lambda x: torch.asarray(x).cuda(), _torch_read, "float32"), marks=no_cuda),

@@ -673,3 +673,10 @@ def test_the_bounds_catch_a_solve_that_is_not_refined(monkeypatch):
 def test_the_bounds_catch_too_few_iterations():
     with pytest.raises(AssertionError):
         check_rank_k(NUMPY, symmetric(NUMPY, [1.0, 0.9, *0.5 * 0.9 ** np.arange(18)]), 2, iterations=1)
+
+
+def test_as_scipy():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(4)
+    for op in (Diagonal(np.arange(1.0, 5)), LowRankPlusDiagonal(rng.standard_normal((4, 2)), np.ones(2), np.ones(4))):
+        np.testing.assert_allclose(op.as_scipy() @ x, op.to_dense() @ x, rtol=1e-13)

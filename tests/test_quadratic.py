@@ -112,6 +112,15 @@ def test_what_is_not_finite_gives_nan_for_that_member(b, bad, place):
 
 
 @every_backend
+def test_each_member_may_have_its_own_damping(b):
+    F, gradient, d = model(2, 0)
+    grams = [np.stack([x] * 3) for x in (d @ F @ d.T, d @ d.T, d @ gradient)]
+    stacked = b.numpy(fit_quadratic(*map(b.array, grams), b.array([0.1, 1.0, 10.0])).coefficients)
+    for coefficients, damping in zip(stacked, (0.1, 1.0, 10.0), strict=True):
+        np.testing.assert_allclose(coefficients, fit(b, F, gradient, d, damping)[0], rtol=1e3 * b.eps)
+
+
+@every_backend
 def test_inner_products_over_layers(b):
     rng = np.random.default_rng(0)
     d, e, f = ([rng.standard_normal(shape).astype(b.dtype) for shape in ((2, 3), (4, 1))] for _ in range(3))

@@ -5,14 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backends import DEVICES
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from kfaclinalg import KFACOptions
 from kfaclinalg_torch import KFAC, Gaussian
-
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]
 
 
 def network(*sizes, dtype=torch.float32, device="cpu"):

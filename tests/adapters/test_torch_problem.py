@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backends import DEVICES
 from torch import nn
 
 from kfaclinalg import KFACOptions
@@ -11,8 +12,6 @@ from kfaclinalg_torch.layers import captured, trained_layers
 from kfaclinalg_torch.likelihoods import LIKELIHOODS
 from kfaclinalg_torch.problem import Batch, NetworkProblem
 
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 N, SIZES = 6, (3, 4, 2, 3)
 
