@@ -8,10 +8,16 @@ from . import spd, testing
 from ._array import LinAlgError, assert_finite
 from .algorithm import KFACState, Problem, StepInfo, kfac_step
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .curvature import block_diagonal_inverse, block_tridiagonal_inverse, exactly_damped_inverse
+from .curvature import (
+    block_diagonal_inverse,
+    block_tridiagonal_inverse,
+    exactly_damped_inverse,
+    low_rank_inverse,
+)
 from .damping import factored_tikhonov, tikhonov_pi
 from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
-from .kronecker import Kronecker, KroneckerBasis
+from .kronecker import Kronecker
+from .kronecker_basis import KroneckerBasis
 from .kronecker_pair import KroneckerPair
 from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 from .options import KFACOptions
@@ -47,6 +53,7 @@ __all__ = [
     "kfac_step",
     "levenberg_marquardt",
     "low_rank",
+    "low_rank_inverse",
     "low_rank_plus_diagonal",
     "moving_average",
     "reduction_ratio",

@@ -130,6 +130,11 @@ def nonnegative(name: str, x: Scalar) -> Any:
     return x
 
 
+def check_positive(name: str, x: float) -> None:
+    if not x > 0:
+        raise ValueError(f"{name} is {x}, expected a number > 0")
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

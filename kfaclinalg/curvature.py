@@ -9,8 +9,10 @@ from . import _array, _linalg
 from ._typing import Scalar
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import factored_tikhonov
-from .factors import Factors
-from .kronecker import Kronecker, KroneckerBasis
+from .factors import Factors, LayerFactors
+from .kronecker import Kronecker
+from .kronecker_basis import KroneckerBasis
+from .low_rank import LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 
 
 def block_diagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str = "trace") -> BlockDiagonal:
@@ -80,6 +82,48 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     array([[0.25]])
     """
     return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping) for layer in factors.layers))
+
+
+def low_rank_inverse(
+    factors: Factors, gamma: Scalar, /, *, rank: int, norm: str = "trace", start: BlockDiagonal | None = None
+) -> BlockDiagonal:
+    """`block_diagonal_inverse` with A <- rank_k(A) and G <- rank_k(G - diag G) + diag G. Links are not used.
+
+    The blocks are `Kronecker` products of `LowRankPlusDiagonal` inverses, in O(k (n_i + m_i)) memory. `low_rank` takes
+    about Σ 16 k (n_i² + m_i²) flops, or far fewer digits are missing where `start` is an earlier result of this
+    function for factors that have changed little since; Σ 14 k² (n_i + m_i) invert. A side smaller than the rank is
+    kept whole. A layer whose truncated G is not positive definite when damped becomes NaN.
+
+    Raises:
+        TypeError, ValueError: as for `factored_tikhonov` and `low_rank`; or no layers, or `start` is not of this form.
+
+    >>> import numpy as np
+    >>> from kfaclinalg import LayerFactors
+    >>> factors = Factors((LayerFactors(A=np.diag([8.0, 1.0]), G=np.eye(1)),))
+    >>> (low_rank_inverse(factors, 0.5, rank=1) @ (np.ones((1, 2)),))[0].round(6)
+    array([[0.088889, 0.8     ]])
+    """
+    blocks = _starts(start, len(factors.layers))
+    truncated = []
+    for (A, G), (A_start, G_start) in zip(factors.layers, blocks, strict=True):
+        A_k = low_rank(A, min(rank, A.shape[-1]), start=A_start)
+        G_k = low_rank_plus_diagonal(G, min(rank, G.shape[-1]), start=G_start)
+        truncated.append(LayerFactors(A_k, G_k))
+    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm)
+
+
+def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:
+    if start is None:
+        return [(None, None)] * layers
+    sides = [(block.A, block.B) for block in getattr(start, "blocks", ()) if isinstance(block, Kronecker)]
+    if len(sides) != layers or not all(isinstance(M, LowRankPlusDiagonal) for pair in sides for M in pair):
+        raise TypeError(f"start is {start!r}, expected an earlier result for {layers} layers")
+    return [(_spanned(A), _spanned(B)) for A, B in sides]
+
+
+def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    """What `low_rank` can begin with, from an inverse M: its U spans D⁻¹ times what the factor's own U spanned."""
+    return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
 def _conditional(M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:

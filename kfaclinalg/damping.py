@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _array, _linalg
+from . import _array, _side
 from ._typing import Scalar
 from .factors import LayerFactors
 
@@ -32,7 +32,7 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     2.0
     """
     _array.check_choice("norm", norm, NORMS)
-    b = _layer(layer)
+    b = _side.resolve(A=layer.A, G=layer.G)
     sizes = (_size(b, M, norm) for M in layer)
     a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in sizes)
     zero = (a == 0) | (g == 0)
@@ -54,24 +54,14 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     """
     gamma = _array.nonnegative("gamma", gamma)
     pi = tikhonov_pi(layer, norm=norm)
-    b = _layer(layer)
-    return LayerFactors(_shifted(b, layer.A, gamma * pi), _shifted(b, layer.G, gamma / pi))
+    b = _side.resolve(A=layer.A, G=layer.G)
+    return LayerFactors(_side.shifted(b, layer.A, gamma * pi), _side.shifted(b, layer.G, gamma / pi))
 
 
 def _size(b: _array.Backend, M: Any, norm: str) -> Any:
     n = M.shape[-1]
     if norm == "trace":
-        return b.xp.linalg.trace(M) / n
+        return _side.trace(b, M) / n
     if norm == "frobenius":
-        return b.xp.linalg.matrix_norm(M) / n**0.5
-    return b.xp.max(b.xp.abs(_linalg.eigh(b, _linalg.symmetrised(M))[0]), axis=-1)
-
-
-def _shifted(b: _array.Backend, M: Any, shift: Any) -> Any:
-    return M + shift[..., None, None] * b.eye(M.shape[-1])
-
-
-def _layer(layer: LayerFactors) -> _array.Backend:
-    b = _array.resolve(A=layer.A, G=layer.G)
-    _array.check_square(A=layer.A, G=layer.G)
-    return b
+        return b.xp.linalg.matrix_norm(_side.dense(M)) / n**0.5
+    return b.xp.max(b.xp.abs(_side.eigh(b, M)[0]), axis=-1)

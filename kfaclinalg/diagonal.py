@@ -35,6 +35,11 @@ class Diagonal:
         """(n, n)."""
         return (self.d.shape[-1], self.d.shape[-1])
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading dimensions."""
+        return tuple(self.d.shape[:-1])
+
     def __matmul__(self, X: Any) -> Any:
         """d ∘ X for X (..., n, r). n r flops."""
         b = self._backend()
@@ -43,6 +48,15 @@ class Diagonal:
     def inverse(self) -> Diagonal:
         """diag(1/d). n flops."""
         return Diagonal(1 / self._positive())
+
+    def inverse_root(self, p: float) -> Diagonal:
+        """diag(d^(-1/p)) for p > 0. n flops.
+
+        Raises:
+            ValueError: p is not positive.
+        """
+        _array.check_positive("p", p)
+        return Diagonal(self._positive() ** (-1 / p))
 
     def solve(self, X: Any) -> Any:
         """X / d for X (..., n, r). n r flops."""
@@ -72,7 +86,7 @@ class Diagonal:
 
     def _operand(self, b: _array.Backend, X: Any) -> Any:
         Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
-        _array.check_batches(d=self.d.shape[:-1], X=X.shape[:-2])
+        _array.check_batches(d=self.batch_shape, X=X.shape[:-2])
         return Y
 
     def _positive(self) -> Any:

@@ -16,7 +16,10 @@ from ._typing import ArrayT
 
 
 class LayerFactors(NamedTuple):
-    """The factors of one layer: A (..., n, n) on the input side, G (..., m, m) on the output side."""
+    """The factors of one layer: A (..., n, n) on the input side, G (..., m, m) on the output side.
+
+    Damping and the block-diagonal inverse also take a `Diagonal` or a `LowRankPlusDiagonal` for each.
+    """
 
     A: Any
     G: Any

@@ -7,7 +7,8 @@ from typing import Any
 
 from . import _array, _conversions, _linalg, spd
 from ._value import value
-from .kronecker import Kronecker, KroneckerBasis
+from .kronecker import Kronecker
+from .kronecker_basis import KroneckerBasis
 
 SQUARINGS = 30  # 2^30 terms of the Smith series: more than enough for ρ = 1 - 1e-6
 

@@ -51,6 +51,11 @@ class LowRankPlusDiagonal:
         """(n, n)."""
         return (self.U.shape[-2], self.U.shape[-2])
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading dimensions, broadcast."""
+        return _array.common_batch(*self._batches().values())
+
     def __matmul__(self, X: Any) -> Any:
         """U (s ∘ Uᵀ X) + d ∘ X for X (..., n, r). 4 n k r flops."""
         b = self._backend()

@@ -59,8 +59,7 @@ def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
     array([[0.5, 0. ],
            [0. , 2. ]])
     """
-    if not p > 0:
-        raise ValueError(f"p is {p}, expected a number > 0")
+    _array.check_positive("p", p)
     b = _matrix(M)
     w, Q = _linalg.eigh(b, _linalg.symmetrised(M))
     definite = b.xp.all(w > 0, axis=-1)[..., None]
@@ -153,9 +152,9 @@ def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, t
         _array.check_batches(M=M.shape[:-2], start=start.shape[:-2])
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}, expected an integer >= 0")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance}, expected a number > 0")
-    return b.eps**0.5 if tolerance is None else float(tolerance)
+    tolerance = b.eps**0.5 if tolerance is None else float(tolerance)
+    _array.check_positive("tolerance", tolerance)
+    return tolerance
 
 
 def _matrix(M: Any) -> _array.Backend:

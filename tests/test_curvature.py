@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend
@@ -7,13 +9,18 @@ from matrices import judge, random_spd
 from networks import SIZES, network, pairwise_joint_inverse
 
 from kfaclinalg import (
+    BlockDiagonal,
     Factors,
+    Kronecker,
     LayerFactors,
     Link,
     batch_factors,
     block_diagonal_inverse,
     block_tridiagonal_inverse,
     exactly_damped_inverse,
+    low_rank,
+    low_rank_inverse,
+    low_rank_plus_diagonal,
     testing,
 )
 from kfaclinalg.damping import NORMS
@@ -51,6 +58,99 @@ def test_singular_factors_need_damping(b):
     V = (b.array(np.ones((1, 2))),)
     assert np.isnan(b.numpy((block_diagonal_inverse(factors, 0.0) @ V)[0])).all()
     assert np.isfinite(b.numpy((block_diagonal_inverse(factors, 0.1) @ V)[0])).all()
+
+
+def truncated(A: np.ndarray, G: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """rank_k(A) and rank_k(G - diag G) + diag G, from full eigendecompositions in float64."""
+
+    def rank_k(M):
+        w, Q = np.linalg.eigh(M)
+        kept = np.argsort(-abs(w))[:k]
+        return (Q[:, kept] * w[kept]) @ Q[:, kept].T
+
+    d = np.diag(np.diag(G))
+    return rank_k(A), rank_k(G - d) + d
+
+
+def low_rank_error(b: Backend, gamma: float, rank: int, norm: str, seed: int = 0) -> tuple[float, float]:
+    """The backward error of `low_rank_inverse` against the dense truncated and damped product, and its bound."""
+    rng = np.random.default_rng(seed)
+    n, m = 7, 6  # no larger than the rank and the oversampling: subspace iteration has nothing left to converge to
+    A, G = (random_spd(rng, k).astype(b.dtype).astype(float) for k in (n, m))
+    V = rng.standard_normal((m, n)).astype(b.dtype)
+    factors = Factors((LayerFactors(b.array(A), b.array(G)),))
+    run = b.jit(lambda factors, Vs: low_rank_inverse(factors, gamma, rank=rank, norm=norm) @ Vs)
+    U = b.numpy(run(factors, (b.array(V),))[0])
+    A_k, G_k = truncated(A, G, rank)
+    order = {"trace": "nuc", "frobenius": "fro", "spectral": 2}[norm]
+    pi = np.sqrt(np.linalg.norm(A_k, order) / n ** ORDERS[norm] / np.linalg.norm(G_k, order) * m ** ORDERS[norm])
+    damped = A_k + pi * gamma * np.eye(n), G_k + gamma / pi * np.eye(m)
+    dense = np.kron(*damped)
+    error = testing.backward_error(dense, testing.vec(U), testing.vec(V.astype(float)))
+    # The inverse is stored as diag(1/d) - low rank: the condition number of each side is its norm over its smallest d.
+    smallest = pi * gamma, min(np.diag(G)) + gamma / pi
+    condition = np.prod([np.linalg.norm(M, 2) / d for M, d in zip(damped, smallest, strict=True)])
+    return error, testing.inverse_bound(condition, b.eps)
+
+
+ORDERS = {"trace": 1, "frobenius": 0.5, "spectral": 0}
+
+
+@every_backend
+@pytest.mark.parametrize(("norm", "rank"), [("trace", 2), ("trace", 20), ("frobenius", 3), ("spectral", 2)])
+def test_low_rank_inverse(b, norm, rank):
+    """A rank beyond the size of a side keeps all of it: the plain block-diagonal inverse."""
+    judge(b, "low_rank_inverse", *low_rank_error(b, 0.5, rank, norm))
+
+
+def test_another_truncation_is_caught(monkeypatch):
+    monkeypatch.setattr("kfaclinalg.curvature.low_rank_plus_diagonal", low_rank)
+    error, bound = low_rank_error(NUMPY, 0.5, 2, "trace")
+    assert error > 1000 * bound
+
+
+def test_low_rank_inverse_takes_an_earlier_result_as_its_start(monkeypatch):
+    """With one iteration a call and no oversampling: it is the start that makes the difference."""
+    monkeypatch.setattr("kfaclinalg._subspace.OVERSAMPLING", 0)
+    for f in (low_rank, low_rank_plus_diagonal):
+        monkeypatch.setattr(f"kfaclinalg.curvature.{f.__name__}", functools.partial(f, iterations=1))
+    rng = np.random.default_rng(0)
+    Q, R = (np.linalg.qr(rng.standard_normal((4, 4)))[0] for _ in range(2))
+    beside = (Q * 0.1 ** np.arange(4)) @ R.T  # off the diagonal of G: eigenvalues ±1, ±0.1, ...
+    G = np.block([[np.diag([2.0, 20, 3, 30]), beside], [beside.T, np.diag([40.0, 4, 50, 5])]])
+    factors = Factors((LayerFactors(testing.spd_matrix(0.1 ** np.arange(9), rng), G),))
+    V = rng.standard_normal((8, 9))
+    exact = block_diagonal_inverse(Factors((LayerFactors(*truncated(*factors.layers[0], 2)),)), 0.5).blocks[0] @ V
+    errors, start = [], None
+    for _ in range(10):
+        start = low_rank_inverse(factors, 0.5, rank=2, start=start)
+        errors.append(np.linalg.norm((start @ (V,))[0] - exact) / np.linalg.norm(exact))
+    assert errors[0] > 1e-3
+    assert errors[-1] < 1e-6 * errors[0]
+
+
+@every_backend
+def test_a_truncation_that_is_not_definite_is_nan(b):
+    """Without the smaller eigenvalues of G - diag G, the sum with diag G may be indefinite where G is not."""
+    G = np.asarray([[1.0, -1.0, -2.0], [-1.0, 5.0, -1.0], [-2.0, -1.0, 9.0]])
+    assert np.linalg.eigvalsh(G)[0] > 0.2
+    assert np.linalg.eigvalsh(truncated(np.eye(2), G, 1)[1])[0] < -0.3
+    A, V = b.array(np.eye(2)), b.array(np.ones((3, 2)))
+    factors = Factors((LayerFactors(A, b.array(G)), LayerFactors(A, b.array(np.eye(3)))))
+    lost, kept = low_rank_inverse(factors, 1e-3, rank=1) @ (V, V)
+    assert np.isnan(b.numpy(lost)).all()
+    assert np.isfinite(b.numpy(kept)).all()
+    assert np.isfinite(b.numpy((low_rank_inverse(factors, 1.0, rank=1) @ (V, V))[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("start", "layers"), [(BlockDiagonal((Kronecker(np.eye(2), np.eye(2)),)), 1), (np.eye(2), 1), ("itself", 2)]
+)
+def test_a_start_of_another_form_is_refused(start, layers):
+    one = Factors((LayerFactors(np.eye(2), np.eye(2)),))
+    start = low_rank_inverse(one, 0.5, rank=1) if isinstance(start, str) else start
+    with pytest.raises(TypeError, match=f"expected an earlier result for {layers} layers"):
+        low_rank_inverse(Factors(one.layers * layers), 0.5, rank=1, start=start)
 
 
 def check_block_tridiagonal(b: Backend, gamma: float, seed: int = 0) -> None:

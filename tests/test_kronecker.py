@@ -1,4 +1,6 @@
+import itertools
 import pickle
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -9,26 +11,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
 
-from kfaclinalg import BlockTridiagonalInverse, Kronecker, KroneckerPair, testing
+from kfaclinalg import BlockTridiagonalInverse, Diagonal, Kronecker, KroneckerPair, LowRankPlusDiagonal, testing
+
+
+class Side(NamedTuple):
+    """A factor for the backend, the same matrix in float64, and the condition number of its inversion."""
+
+    given: Any
+    dense: np.ndarray
+    condition: float
+
+
+def dense_side(b: Backend, sample: Sample) -> Side:
+    M = sample.spd(b)
+    return Side(b.array(M), M, np.linalg.cond(M))
+
+
+def diagonal_side(b: Backend, sample: Sample) -> Side:
+    d = np.diagonal(sample.spd(b)).copy()
+    return Side(Diagonal(b.array(d)), np.diag(d), max(d) / min(d))
+
+
+def low_rank_side(b: Backend, sample: Sample) -> Side:
+    U, d, s = sample.normal(b, sample.n, 1), np.diagonal(sample.spd(b)).copy(), np.asarray([2.0])
+    M = (U * s) @ U.T + np.diag(d)
+    return Side(LowRankPlusDiagonal(*map(b.array, (U, s, d))), M, np.linalg.norm(M, 2) / min(d))
+
+
+KINDS = {"dense": dense_side, "diagonal": diagonal_side, "low-rank": low_rank_side}
+every_pair = pytest.mark.parametrize("kinds", [*itertools.product(KINDS, KINDS)], ids=" ⊗ ".join)
 
 
 class Case:
     """One Kronecker product beside its dense float64 matrix, for m ≠ n."""
 
-    def __init__(self, b: Backend, n: int = 4, m: int = 3, *, decades: float = 0.25, seed: int = 0) -> None:
+    def __init__(self, b: Backend, n: int = 4, m: int = 3, *, kinds=("dense", "dense"), decades=0.25, seed=0) -> None:
         self.b, self.shape = b, (m, n)
-        self.A = Sample(n, decades=decades, seed=seed).spd(b)
-        self.B = Sample(m, decades=decades, seed=seed + 1).spd(b)
+        samples = Sample(n, decades=decades, seed=seed), Sample(m, decades=decades, seed=seed + 1)
+        sides = [KINDS[kind](b, sample) for kind, sample in zip(kinds, samples, strict=True)]
+        self.A, self.B = (side.dense for side in sides)
         self.V = Sample(1, seed=seed).normal(b, m, n)
         self.dense = testing.dense_kronecker(self.A, self.B)
-        self.arrays = (b.array(self.A), b.array(self.B))
-
-    @property
-    def condition(self) -> float:
-        return np.linalg.cond(self.A) * np.linalg.cond(self.B)
+        self.factors = tuple(side.given for side in sides)
+        self.condition = sides[0].condition * sides[1].condition
 
     def run(self, f):
-        return self.b.numpy(self.b.jit(lambda A, B, V: f(Kronecker(A, B), V))(*self.arrays, self.b.array(self.V)))
+        return self.b.numpy(self.b.jit(f)(Kronecker(*self.factors), self.b.array(self.V)))
 
     def unvec(self, v):
         return testing.unvec(v, self.shape)
@@ -71,9 +99,10 @@ CHECKS = [check_product, check_inverse, check_solve, check_logdet]
 
 
 @every_backend
-@pytest.mark.parametrize("check", CHECKS)
-def test_against_the_dense_matrix(b, check):
-    check(Case(b))
+@every_pair
+def test_against_the_dense_matrix(b, kinds):
+    for check in CHECKS:
+        check(Case(b, kinds=kinds))
 
 
 @eager_backends
@@ -86,17 +115,18 @@ def test_against_random_dense_matrices(b, n, m, decades, seed):
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_wrong_order_of_the_factors_is_caught(check):
     case = Case(NUMPY, 3, 3)
-    case.arrays = case.arrays[::-1]
+    case.factors = case.factors[::-1]
     if check is check_logdet:  # the same for square V: the sum of the two log determinants does not tell the order
         case = Case(NUMPY)
-        case.arrays = (1.001 * case.A, case.B)
+        case.factors = (1.001 * case.A, case.B)
     with pytest.raises(AssertionError):
         check(case)
 
 
 @every_backend
-def test_trace_diagonal_and_dense(b):
-    case = Case(b)
+@every_pair
+def test_trace_diagonal_and_dense(b, kinds):
+    case = Case(b, kinds=kinds)
     bound = testing.solve_bound(12, b.eps)
     assert case.run(lambda P, V: P.trace()) == pytest.approx(np.trace(case.dense), rel=bound)
     np.testing.assert_allclose(case.run(lambda P, V: P.diagonal()), case.unvec(np.diagonal(case.dense)), rtol=bound)
@@ -105,7 +135,8 @@ def test_trace_diagonal_and_dense(b):
 
 @every_backend
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_inverse_root(b, p):
+@pytest.mark.parametrize("kinds", [("dense", "dense"), ("diagonal", "low-rank")], ids=" ⊗ ".join)
+def test_inverse_root(b, p, kinds):
     """p applications of A^(-1/p) ⊗ B^(-1/p) are the inverse."""
 
     def repeated(P, V):
@@ -114,17 +145,30 @@ def test_inverse_root(b, p):
             V = root @ V
         return V
 
-    case = Case(b)
+    case = Case(b, kinds=kinds)
     error = testing.backward_error(case.dense, testing.vec(case.run(repeated)), testing.vec(case.V))
     judge(b, "Kronecker.inverse_root", error, testing.inverse_bound(p * sum(case.shape) * case.condition, b.eps))
 
 
 @every_backend
-def test_apply_outer(b):
-    case = Case(b)
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_shifted_inverse(b, shift):
+    """Of A ⊗ B, dense or structured, whose own inverse need not exist where the shift is not zero."""
+    for kinds in (("dense", "dense"), ("diagonal", "low-rank"), ("low-rank", "dense")):
+        case = Case(b, kinds=kinds)
+        dense = case.dense + shift * np.eye(len(case.dense))
+        U = case.run(lambda P, V: P.shifted_inverse(shift) @ V)
+        error = testing.backward_error(dense, testing.vec(U), testing.vec(case.V))
+        judge(b, "shifted_inverse, structured", error, testing.inverse_bound(np.linalg.cond(dense), b.eps))
+
+
+@every_backend
+@every_pair
+def test_apply_outer(b, kinds):
+    case = Case(b, kinds=kinds)
     rng = np.random.default_rng(0)
     L, R = rng.standard_normal((3, 2)), rng.standard_normal((4, 2))
-    U = b.numpy(Kronecker(*case.arrays).apply_outer(b.array(L), b.array(R)))
+    U = b.numpy(Kronecker(*case.factors).apply_outer(b.array(L), b.array(R)))
     np.testing.assert_allclose(U, case.B @ L @ R.T @ case.A.T, atol=100 * b.eps)
 
 
@@ -164,8 +208,8 @@ def test_a_failing_member_is_nan_as_a_whole(b):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_v_is_computed_in_the_factors_dtype(dtype):
     case = Case(TORCH)
-    P, V = Kronecker(*case.arrays), TORCH.array(case.V).to(dtype)
-    pair = KroneckerPair(*case.arrays, *(0.1 * M for M in case.arrays))
+    P, V = Kronecker(*case.factors), TORCH.array(case.V).to(dtype)
+    pair = KroneckerPair(*case.factors, *(0.1 * M for M in case.factors))
     chain = BlockTridiagonalInverse((), (), (P,))
     for f in (
         *(lambda V: P @ V, P.solve, lambda V: P.inverse() @ V, lambda V: chain.apply((V,))[0]),
@@ -202,6 +246,10 @@ def test_values_travel():
         (TypeError, lambda P: P @ np.ones((2, 3), dtype=np.float32), "V has dtype float32, expected float64"),
         (TypeError, lambda P: P @ torch.ones(2, 3), r"V is an array of .*torch, expected one of .*numpy"),
         (TypeError, lambda P: Kronecker(np.eye(2), torch.eye(2)), "B is an array of"),
+        (TypeError, lambda P: Kronecker(Diagonal(np.ones(2)), torch.eye(2)), "B is an array of"),
+        (ValueError, lambda P: Kronecker(Diagonal(np.ones((2, 1))), np.ones((3, 1, 1))), r"B has batch shape \(3,\)"),
+        (ValueError, lambda P: Kronecker(Diagonal(np.ones(2)), np.eye(2)) @ np.ones((3, 2)), "V has shape"),
+        (ValueError, lambda P: Diagonal(np.ones(2)).inverse_root(0), "p is 0, expected a number > 0"),
     ],
 )
 def test_mistakes_are_refused(error, call, message):

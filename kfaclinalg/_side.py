@@ -1,0 +1,74 @@
+"""One side of a Kronecker product: a dense array (..., n, n), a `Diagonal` or a `LowRankPlusDiagonal`.
+
+All three are symmetric but the dense one, which `@` uses as given. M.shape[-1] is n for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _array, _linalg, spd
+from ._value import leaves
+from .low_rank import Diagonal, LowRankPlusDiagonal
+
+STRUCTURED = (Diagonal, LowRankPlusDiagonal)
+
+
+def resolve(**sides: Any) -> _array.Backend:
+    """The backend that all the sides share, after the checks of their shapes."""
+    b = _array.resolve(**{name: next(leaves(M)) for name, M in sides.items()})
+    _array.check_square(**{name: M for name, M in sides.items() if not isinstance(M, STRUCTURED)})
+    _array.check_batches(**batches(**sides))
+    return b
+
+
+def batches(**sides: Any) -> dict[str, tuple[int, ...]]:
+    return {name: M.batch_shape if isinstance(M, STRUCTURED) else M.shape[:-2] for name, M in sides.items()}
+
+
+def apply_right(X: Any, M: Any) -> Any:
+    """X Mᵀ for X (..., m, n)."""
+    return (M @ X.mT).mT if isinstance(M, STRUCTURED) else X @ M.mT
+
+
+def inverse(M: Any) -> Any:
+    return M.inverse() if isinstance(M, STRUCTURED) else spd.inverse(M)
+
+
+def solve(M: Any, X: Any) -> Any:
+    return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X)
+
+
+def inverse_root(M: Any, p: float) -> Any:
+    """Of the same kind, save that a `LowRankPlusDiagonal` has a dense one."""
+    return M.inverse_root(p) if isinstance(M, Diagonal) else spd.inverse_root(dense(M), p)
+
+
+def logdet(M: Any) -> Any:
+    return M.logdet() if isinstance(M, STRUCTURED) else spd.logdet(M)
+
+
+def trace(b: _array.Backend, M: Any) -> Any:
+    return M.trace() if isinstance(M, STRUCTURED) else b.xp.linalg.trace(M)
+
+
+def diagonal(b: _array.Backend, M: Any) -> Any:
+    return M.diagonal() if isinstance(M, STRUCTURED) else b.xp.linalg.diagonal(M)
+
+
+def dense(M: Any) -> Any:
+    return M.to_dense() if isinstance(M, STRUCTURED) else M
+
+
+def eigh(b: _array.Backend, M: Any) -> tuple[Any, Any]:
+    """Eigenvalues (..., n) and eigenvectors (..., n, n) of the symmetric part."""
+    return _linalg.eigh(b, _linalg.symmetrised(dense(M)))
+
+
+def shifted(b: _array.Backend, M: Any, shift: Any) -> Any:
+    """M + shift I, of the same kind, for a shift (...)."""
+    if isinstance(M, Diagonal):
+        return Diagonal(M.d + shift[..., None])
+    if isinstance(M, LowRankPlusDiagonal):
+        return LowRankPlusDiagonal(M.U, M.s, M.d + shift[..., None])
+    return M + shift[..., None, None] * b.eye(M.shape[-1])
