@@ -132,10 +132,19 @@ def left_singular(b: Backend, R: Any) -> tuple[Any, Any]:
         s, F = eigh(b, symmetrised(R.mT @ R))
         s, F = xp.flip(s, axis=-1), xp.flip(F, axis=-1)  # largest first: rounding tilts a column by eps over its length
         finite = xp.all(xp.isfinite(s), axis=-1)[..., None, None]
-        E = xp.linalg.qr(xp.where(finite, R @ F, 1.0), mode="complete")[0]  # R F has orthogonal columns
-        E = xp.where(finite, E, NAN)
+        E = xp.where(finite, _completed(b, xp.where(finite, R @ F, 1.0)), NAN)  # R F has orthogonal columns
         s = xp.concat([s, xp.zeros((*s.shape[:-1], n - k), dtype=b.dtype, device=b.device)], axis=-1)
     return E, xp.clip(s, 0.0, 1.0)
+
+
+def _completed(b: Backend, X: Any) -> Any:
+    """Orthogonal E (..., n, n) whose first k columns span those of X (..., n, k)."""
+    E = b.xp.linalg.qr(X, mode="complete")[0]
+    if b.kind == "torch" and X.requires_grad:
+        # torch differentiates the Q of a square matrix only. What the other columns of that are is free: let them be
+        # constants to start with.
+        E = b.xp.linalg.qr(b.xp.concat([X, E[..., X.shape[-1] :].detach()], axis=-1))[0]
+    return E
 
 
 def eigh(b: Backend, M: Any) -> tuple[Any, Any]:

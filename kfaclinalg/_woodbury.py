@@ -34,7 +34,8 @@ def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factori
     d, s = xp.where(proper, d, _array.NAN), xp.where(proper, s, _array.NAN)
     W = U * xp.sqrt(xp.abs(s))[..., None, :] / xp.sqrt(d)[..., None]
     order = xp.argsort(s, axis=-1, descending=True)
-    J = xp.sign(xp.take_along_axis(s, order, axis=-1))
+    J = xp.take_along_axis(s, order, axis=-1)
+    J = xp.where(J > 0, 1.0, xp.where(J < 0, -1.0, J))  # not xp.sign: torch's `vmap` does not take array-api-compat's
     W = xp.take_along_axis(W, xp.broadcast_to(order[..., None, :], W.shape), axis=-1)
     T, pivots = METHODS[method](b, W, J) if k else (W, s)
     # What is rounded in a pivot 1 - wᵀ y is a few eps (1 + ‖w‖ ‖y‖), with ‖y‖ <= 1 where M is definite, and what the

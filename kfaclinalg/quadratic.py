@@ -85,17 +85,22 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
 def _line_searches(b: _array.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
     """The minimiser of ½ cᵀQc + slopesᵀc: directions made conjugate one by one, and one line search along each."""
     xp, k = b.xp, slopes.shape[-1]
-    coefficients, change = 0 * slopes, 0 * slopes[..., 0]
+
+    def dot(x: Any, y: Any) -> Any:  # not xp.vecdot: torch's `vmap` does not take array-api-compat's
+        return xp.sum(x * y, axis=-1)
+
+    coefficients = 0 * slopes
+    change = xp.sum(coefficients, axis=-1)
     conjugate: list[tuple[Any, Any, Any]] = []
     for j in range(k):
         p = xp.astype(b.eye(k), slopes.dtype)[j, ...] + 0 * slopes
         for q, Qq, inverse_curvature in conjugate:
             p = p - (inverse_curvature * Qq[..., j])[..., None] * q
-        Qp = xp.vecdot(Q, p[..., None, :])
-        curvature = xp.vecdot(p, Qp)  # 1 - cos² between this direction and those before it
+        Qp = dot(Q, p[..., None, :])
+        curvature = dot(p, Qp)  # 1 - cos² between this direction and those before it
         dropped = curvature <= parallel
         inverse_curvature = xp.where(dropped, 0.0, 1 / xp.where(dropped, 1.0, curvature))
-        slope = xp.vecdot(p, slopes)
+        slope = dot(p, slopes)
         coefficients = coefficients - (inverse_curvature * slope)[..., None] * p
         change = change - 0.5 * inverse_curvature * slope * slope
         conjugate.append((p, Qp, inverse_curvature))

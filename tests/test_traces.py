@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfaclinalg import (
     BlockDiagonal,
     BlockTridiagonalInverse,
+    Diagonal,
     Factors,
     Kronecker,
     KroneckerBasis,
     KroneckerPair,
     LayerFactors,
     Link,
+    LowRankPlusDiagonal,
     batch_factors,
     block_diagonal_inverse,
     block_tridiagonal_inverse,
@@ -24,6 +26,8 @@ from kfaclinalg import (
     fit_quadratic,
     homogeneous,
     inner_products,
+    low_rank,
+    low_rank_plus_diagonal,
     moving_average,
     spd,
     tikhonov_pi,
@@ -63,11 +67,16 @@ def chain(A, G):
     return BlockTridiagonalInverse((A,), (G,), (Kronecker(A, G), Kronecker(A, G)))
 
 
+def low(A, V):
+    return LowRankPlusDiagonal(0.5 * V.mT, V[:, 0], 1 + A[0, :])
+
+
 # Everything public that takes A (n, n), G (m, m) and V (m, n), by the shape of its result for n = 3, m = 2.
 HOT = {
     "spd.inverse": (lambda A, G, V: spd.inverse(A), (3, 3)),
     "spd.solve": (lambda A, G, V: spd.solve(A, V.mT), (3, 2)),
     "spd.logdet": (lambda A, G, V: spd.logdet(A), ()),
+    "newton_schulz_inverse": (lambda A, G, V: spd.newton_schulz_inverse(A, A, iterations=2), (3, 3)),
     "Kronecker @": (lambda A, G, V: Kronecker(A, G) @ V, (2, 3)),
     "Kronecker.inverse": (lambda A, G, V: Kronecker(A, G).inverse() @ V, (2, 3)),
     "Kronecker.solve": (lambda A, G, V: Kronecker(A, G).solve(V), (2, 3)),
@@ -88,6 +97,18 @@ HOT = {
     "BlockTridiagonalInverse": (lambda A, G, V: chain(A, G).apply((V, V))[0], (2, 3)),
     "BlockTridiagonalInverse.logdet": (lambda A, G, V: chain(A, G).logdet(), ()),
     "BlockTridiagonalInverse.to_dense": (lambda A, G, V: chain(A, G).to_dense(), (12, 12)),
+    "Diagonal @": (lambda A, G, V: Diagonal(V[0, :]) @ A, (3, 3)),
+    "Diagonal.inverse": (lambda A, G, V: Diagonal(V[0, :]).inverse().to_dense(), (3, 3)),
+    "Diagonal.solve": (lambda A, G, V: Diagonal(V[0, :]).solve(A), (3, 3)),
+    "Diagonal.logdet": (lambda A, G, V: Diagonal(V[0, :]).logdet(), ()),
+    "LowRankPlusDiagonal @": (lambda A, G, V: low(A, V) @ A, (3, 3)),
+    "LowRankPlusDiagonal.inverse": (lambda A, G, V: low(A, V).inverse().to_dense(), (3, 3)),
+    "LowRankPlusDiagonal.inverse sherman-morrison": (
+        lambda A, G, V: low(A, V).inverse(method="sherman-morrison").diagonal(),
+        (3,),
+    ),
+    "LowRankPlusDiagonal.solve": (lambda A, G, V: low(A, V).solve(A), (3, 3)),
+    "LowRankPlusDiagonal.logdet": (lambda A, G, V: low(A, V).logdet(), ()),
     "homogeneous": (lambda A, G, V: homogeneous(V), (2, 4)),
     "batch_factors": (lambda A, G, V: batch_factors([V, V], [G, G], links=True).links[0].A, (3, 3)),
     "moving_average": (
@@ -111,9 +132,12 @@ COLD = {
         (2, 3),
     ),
     "exactly_damped_inverse": (lambda A, G, V: exactly_damped_inverse(factors_of(A, G), 0.1).apply((V,))[0], (2, 3)),
+    "low_rank": (lambda A, G, V: low_rank(A, 1, iterations=1).d, (3,)),
+    "low_rank_plus_diagonal": (lambda A, G, V: low_rank_plus_diagonal(A, 2, iterations=1).to_dense(), (3, 3)),
     "spectral pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G), norm="spectral"), ()),
 }
 hot = pytest.mark.parametrize(("f", "shape"), HOT.values(), ids=HOT)
+hot_and_cold = pytest.mark.parametrize(("f", "shape"), [*HOT.values(), *COLD.values()], ids=[*HOT, *COLD])
 
 
 def arguments(device="cpu", dtype=torch.float64):
@@ -127,7 +151,7 @@ def test_the_hot_path_never_waits_for_the_device(f, shape):
         f(*arguments())
 
 
-@pytest.mark.parametrize(("f", "shape"), [*HOT.values(), *COLD.values()], ids=[*HOT, *COLD])
+@hot_and_cold
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_value_is_read_and_no_array_is_made_elsewhere(f, shape, dtype):
     """On `meta` there are no values, and whatever is created on another device cannot be mixed in."""
@@ -137,7 +161,7 @@ def test_no_value_is_read_and_no_array_is_made_elsewhere(f, shape, dtype):
     assert result.shape == shape
 
 
-@hot
+@hot_and_cold
 def test_torch_compile_takes_it_whole(f, shape):
     torch._dynamo.reset()
     with warnings.catch_warnings():
