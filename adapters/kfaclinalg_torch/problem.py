@@ -90,11 +90,13 @@ class NetworkProblem:
         """The second moments on S1, with targets sampled from the model's own distribution."""
         average: Any = None
         seen = 0.0
-        for share, piece in self._pieces(self._subset(self.options.statistics_fraction)):
+        batch = self._subset(self.options.statistics_fraction)
+        chunked = len(batch) > (self.options.chunk_size or len(batch))
+        for share, piece in self._pieces(self._sampled(batch, weights) if chunked else batch):
             with torch.enable_grad(), captured(self.layers) as uses:
                 outputs = self._outputs(piece, *_leaves(weights))
                 used = single_uses(uses)
-                targets = self.likelihood.sample(outputs.detach(), self.options.generator)
+                targets = piece.targets if chunked else self._sample(outputs.detach())
                 loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
                 g = torch.autograd.grad(loss, [use.outputs for use in used])
             a = [homogeneous(u.inputs) if x.has_bias else u.inputs for x, u in zip(self.layers, used, strict=True)]
@@ -112,6 +114,15 @@ class NetworkProblem:
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
                 total = total + share / len(piece) * torch.stack(rows)
         return total
+
+    def _sampled(self, batch: Batch, weights: Matrices) -> Batch:
+        """The batch with sampled targets, drawn for all examples at once: the same ones whatever the chunks."""
+        with torch.no_grad():
+            outputs = torch.cat([self._outputs(piece, *weights) for _, piece in self._pieces(batch)])
+        return Batch(batch.inputs, self._sample(outputs))
+
+    def _sample(self, outputs: Tensor) -> Tensor:
+        return self.likelihood.sample(outputs, self.options.generator)
 
     def _outputs(self, batch: Batch, *weights: Tensor) -> Tensor:
         """The model's outputs, with these weights in the place of its own."""
