@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import kfaclinalg
+import kfaclinalg_mlp
 import kfaclinalg_torch
 from kfaclinalg import spd
 
@@ -21,12 +22,13 @@ CONTRACT = {
 }
 CORE = [getattr(kfaclinalg, name) for name in kfaclinalg.__all__ if name not in ("spd", "testing")]
 CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet, spd.newton_schulz_inverse]
-named = pytest.mark.parametrize("thing", [*CORE, kfaclinalg_torch.KFAC], ids=lambda thing: thing.__name__)
+MLP = [getattr(kfaclinalg_mlp, name) for name in kfaclinalg_mlp.__all__]
+named = pytest.mark.parametrize("thing", [*CORE, *MLP, kfaclinalg_torch.KFAC], ids=lambda thing: thing.__name__)
 
 
 def test_the_contract_is_exported():
     assert set(kfaclinalg.__all__) >= CONTRACT
-    for package in (kfaclinalg, kfaclinalg_torch):
+    for package in (kfaclinalg, kfaclinalg_mlp, kfaclinalg_torch):
         assert all(hasattr(package, name) for name in package.__all__)
         public = {
             name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)
@@ -94,5 +96,5 @@ def test_the_fields_of_the_records_are_the_contract():
 
 
 def test_the_packages_are_typed():
-    for folder in ("kfaclinalg", "adapters/kfaclinalg_torch"):
+    for folder in ("kfaclinalg", "adapters/kfaclinalg_mlp", "adapters/kfaclinalg_torch"):
         assert (ROOT / folder / "py.typed").exists()
