@@ -16,7 +16,7 @@ from .curvature import (
 )
 from .damping import factored_tikhonov, tikhonov_pi
 from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
-from .kronecker import Kronecker
+from .kronecker import Kronecker, OuterProduct
 from .kronecker_basis import KroneckerBasis
 from .kronecker_pair import KroneckerPair
 from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
@@ -37,6 +37,7 @@ __all__ = [
     "LinAlgError",
     "Link",
     "LowRankPlusDiagonal",
+    "OuterProduct",
     "Problem",
     "QuadraticFit",
     "StepInfo",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from . import _array
 from .curvature import STRUCTURES
 from .factors import Factors, averaging_decay, moving_average
+from .kronecker import OuterProduct
 from .options import KFACOptions
 from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
 
@@ -22,7 +23,8 @@ class Problem(Protocol):
     """One mini-batch S' as an adapter presents it. Losses are means over examples and exclude the weight decay."""
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:
-        """h and ∇h, shaped like the weights."""
+        """h and ∇h, shaped like the weights; each layer's an array or, for F̆ and without weight decay, where
+        `OuterProduct.pays`, an `OuterProduct`."""
 
     def factors(self, weights: Matrices, links: bool) -> Factors:
         """The second moments on S1, with targets sampled from the model's own distribution (Section 5)."""
@@ -93,14 +95,18 @@ def kfac_step(
     k, eta = state.iteration + 1, options.weight_decay
 
     h, gradient = problem.loss_and_gradient(weights)
-    gradient = tuple(g + eta * W for g, W in zip(gradient, weights, strict=True))
+    dense = tuple(g.to_dense() if isinstance(g, OuterProduct) else g for g in gradient)
+    if eta:
+        # η W is of full rank: to precondition it by itself would cost as much as the whole, so nothing stays factored.
+        gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
     statistics = problem.factors(weights, options.structure == "block-tridiagonal")
     decay = averaging_decay(k, maximum=options.averaging_maximum)
     factors = moving_average(state.factors, statistics, decay=decay)
     refreshed = k % options.inverse_period == 0 or k <= 3
     inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)
-    step = _best_step(partial(problem.curvature_gram, weights), gradient, inverses, last, state.damping + eta)
+    candidates = {gamma: (inverse, tuple(-U for U in inverse @ gradient)) for gamma, inverse in inverses.items()}
+    step = _best_step(partial(problem.curvature_gram, weights), dense, candidates, last, state.damping + eta)
 
     loss = float(h + _penalty(weights, eta))
     moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
@@ -142,18 +148,17 @@ def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) 
 def _best_step(
     curvature_gram: Callable[[Sequence[Matrices]], Any],
     gradient: Matrices,
-    inverses: dict[float, Any],
+    candidates: dict[float, tuple[Any, Matrices]],
     last: tuple[Matrices, ...],
     damping: float,
 ) -> _Step:
-    """The step with the lowest M(δ), momentum included, of one for each γ (Sections 6.4, 6.6 and 7)."""
-    proposals = [tuple(-U for U in inverse @ gradient) for inverse in inverses.values()]
-    directions = [*proposals, *last]
+    """The step with the lowest M(δ), momentum included, of one for each γ, its inverse and Δ (Sections 6.4, 6.6, 7)."""
+    directions = [*(Delta for _, Delta in candidates.values()), *last]
     F = _array.widest(curvature_gram(directions))  # one call for all, so that J δ0 is computed once
     D, slopes = inner_products(directions, directions), inner_products(directions, [gradient])[:, 0]
     steps = []
-    for i, (gamma, inverse) in enumerate(inverses.items()):
-        pair = [i, *range(len(proposals), len(directions))]  # Δ and, if there is one, δ0
+    for i, (gamma, (inverse, _)) in enumerate(candidates.items()):
+        pair = [i, *range(len(candidates), len(directions))]  # Δ and, if there is one, δ0
         D_pair = _array.picked(D, pair)
         fit = fit_quadratic(_array.picked(F, pair), D_pair, _array.picked(slopes, pair), damping)
         c = fit.coefficients

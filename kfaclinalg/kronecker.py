@@ -11,6 +11,48 @@ from .kronecker_basis import KroneckerBasis
 
 
 @value
+class OuterProduct:
+    """L Rᵀ for L (..., m, r) and R (..., n, r): a layer's gradient Σ g aᵀ over r examples, as the batch gives it.
+
+    `Kronecker @` takes it as a V (m, n) without forming it, the low-rank form at the end of Section 8.
+
+    >>> import numpy as np
+    >>> Kronecker(np.eye(3), 2 * np.eye(1)) @ OuterProduct(np.ones((1, 2)), np.ones((3, 2)))
+    array([[4., 4., 4.]])
+    """
+
+    L: Any
+    R: Any
+    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
+
+    def __post_init__(self) -> None:
+        b = _array.resolve(L=self.L, R=self.R)
+        _array.operand(b, "R", self.R, (self.R.shape[-2], self.L.shape[-1]))
+        _array.check_batches(L=self.L.shape[:-2], R=self.R.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return (self.L.shape[-2], self.R.shape[-2])
+
+    @staticmethod
+    def pays(shape: tuple[int, int], r: int) -> bool:
+        """Whether (A ⊗ B) applied to L Rᵀ takes fewer flops than to the dense V of this shape.
+
+        r (m² + n² + m n) against m n (m + n): for a square layer, r below two thirds of its size.
+
+        >>> OuterProduct.pays((1000, 1000), 600), OuterProduct.pays((1000, 1000), 700)
+        (True, False)
+        """
+        m, n = shape
+        return r * (m * m + n * n + m * n) < m * n * (m + n)
+
+    def to_dense(self) -> Any:
+        """L Rᵀ (..., m, n). 2 m n r flops."""
+        return self.L @ self.R.mT
+
+
+@value
 class Kronecker:
     """A ⊗ B for A (..., n, n) and B (..., m, m), acting on V (..., m, n) by (A ⊗ B) vec(V) = vec(B V Aᵀ).
 
@@ -44,7 +86,9 @@ class Kronecker:
         return (self.B.shape[-1], self.A.shape[-1])
 
     def __matmul__(self, V: Any) -> Any:
-        """B V Aᵀ (..., m, n). 2 m n (m + n) flops."""
+        """B V Aᵀ (..., m, n). 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
+        if isinstance(V, OuterProduct):
+            return self.apply_outer(V.L, V.R)
         b = self._backend()
         X = self._operand(b, V)
         return _array.narrowed(b, _side.apply_right(self.B @ X, self.A), V.dtype)
@@ -52,7 +96,7 @@ class Kronecker:
     def apply_outer(self, L: Any, R: Any) -> Any:
         """(A ⊗ B) applied to L Rᵀ, for L (..., m, r) and R (..., n, r), as (B L)(A R)ᵀ (the end of Section 8).
 
-        2 r (m² + n² + m n) flops: less than forming L Rᵀ where r is below about half of the smaller of m and n.
+        2 r (m² + n² + m n) flops, fewer than those of `@` where `OuterProduct.pays`.
         """
         b = self._backend()
         m, n = self.shape

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from kfaclinalg import Factors, KFACOptions, batch_factors, homogeneous, moving_average
+from kfaclinalg import Factors, KFACOptions, OuterProduct, batch_factors, homogeneous, moving_average
 
-from .layers import Layer, captured, single_uses
+from .layers import Layer, Use, captured, single_uses
 from .likelihoods import Likelihood
 
 Matrices = tuple[Tensor, ...]
@@ -64,18 +64,24 @@ class NetworkProblem:
         self.batch, self.options = batch, options
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
-        """h and ∇h on S'."""
+        """h and ∇h on S'; for a layer larger than the batch the `OuterProduct` of g and a, where that pays."""
         h: Any = 0.0
-        gradient: tuple[Any, ...] = tuple(0.0 for _ in weights)
+        gradient: Any = None
+        outer = [self._keeps_outer(W) for W in weights]
         for share, piece in self._pieces(self.batch):
             with torch.enable_grad(), captured(self.layers) as uses:
                 leaves = _leaves(weights)
                 outputs = self._outputs(piece, *leaves)
-                single_uses(uses)
+                used = single_uses(uses)
                 self._check(outputs, piece.targets)
                 loss = share * self.likelihood.loss(outputs, piece.targets)
-                parts = torch.autograd.grad(loss, leaves)
-            h, gradient = h + loss.detach(), tuple(map(add, gradient, parts))
+                sources: list[Any] = [
+                    use.outputs if kept else W for kept, use, W in zip(outer, used, leaves, strict=True)
+                ]
+                slopes = torch.autograd.grad(loss, sources)
+            layers = zip(outer, slopes, self._inputs(used), strict=True)
+            parts = tuple(OuterProduct(g.mT, a.mT) if kept else g for kept, g, a in layers)
+            h, gradient = h + loss.detach(), parts if gradient is None else tuple(map(add, gradient, parts))
         return h, gradient
 
     def loss(self, weights: Matrices) -> Tensor:
@@ -99,8 +105,8 @@ class NetworkProblem:
                 targets = piece.targets if chunked else self._sample(outputs.detach())
                 loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
                 g = torch.autograd.grad(loss, [use.outputs for use in used])
-            a = [homogeneous(u.inputs) if x.has_bias else u.inputs for x, u in zip(self.layers, used, strict=True)]
-            average = moving_average(average, batch_factors(a, g, links=links), decay=seen / (seen + share))
+            moments = batch_factors(list(self._inputs(used)), g, links=links)
+            average = moving_average(average, moments, decay=seen / (seen + share))
             seen += share
         return average
 
@@ -114,6 +120,18 @@ class NetworkProblem:
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
                 total = total + share / len(piece) * torch.stack(rows)
         return total
+
+    def _inputs(self, used: Sequence[Use]) -> Iterator[Tensor]:
+        """a of each layer (N, n), with its column of ones where there is a bias."""
+        for layer, use in zip(self.layers, used, strict=True):
+            yield homogeneous(use.inputs) if layer.has_bias else use.inputs
+
+    def _keeps_outer(self, W: Tensor) -> bool:
+        """Whether G⁻¹ ∇h A⁻¹ is taken from the batch's own g and a (the end of Section 8)."""
+        options, (m, n), N = self.options, W.shape, len(self.batch)
+        whole = (options.chunk_size or N) >= N
+        possible = whole and not options.weight_decay and options.structure == "block-diagonal"
+        return possible and OuterProduct.pays((m, n), N)
 
     def _sampled(self, batch: Batch, weights: Matrices) -> Batch:
         """The batch with sampled targets, drawn for all examples at once: the same ones whatever the chunks."""
