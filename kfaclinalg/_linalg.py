@@ -65,7 +65,7 @@ def back_substitution(b: Backend, L: Any, X: Any) -> Any:
 
 def _solve_triangular(b: Backend, L: Any, X: Any, trans: str) -> Any:
     if b.kind == "numpy":
-        if L.ndim == X.ndim == 2:
+        if L.ndim == X.ndim == 2 and X.size:
             return _lapack(b, "trtrs")(L, X, lower=True, trans=trans == "T")[0]
         return np.linalg.solve(L.mT if trans == "T" else L, X)
     if b.kind == "torch":
@@ -86,7 +86,7 @@ def _substitution(b: Backend, L: Any, X: Any) -> Any:
     """Forward substitution in standard calls, by halves: two half-sized solves and one product."""
     n = L.shape[-1]
     if n <= 1:
-        return X / L if n else X
+        return X / b.xp.sum(L, axis=-1, keepdims=True)  # the entry, or of none a row that no X has
     h = n // 2
     top = _substitution(b, L[..., :h, :h], X[..., :h, :])
     bottom = _substitution(b, L[..., h:, h:], X[..., h:, :] - L[..., h:, :h] @ top)
@@ -96,7 +96,7 @@ def _substitution(b: Backend, L: Any, X: Any) -> Any:
 def cholesky_inverse(b: Backend, L: Any) -> Any:
     """(L Lᵀ)⁻¹, exactly symmetric."""
     n = L.shape[-1]
-    if b.kind == "numpy" and L.ndim == 2:
+    if b.kind == "numpy" and L.ndim == 2 and n:
         X = _lapack(b, "potri")(L, lower=True)[0]
         return np.where(np.tri(n, dtype=bool), X, X.T)
     if b.kind == "torch":
@@ -116,7 +116,8 @@ def general_inverse(b: Backend, K: Any) -> Any:
         X = torch.linalg.inv_ex(K).inverse
     else:
         (X,) = _each_member(b, lambda K: (xp.linalg.inv(K),), K)
-    return xp.where(xp.all(xp.isfinite(X), axis=(-2, -1))[..., None, None], X, NAN)
+    proper = xp.all(xp.isfinite(K) & xp.isfinite(X), axis=(-2, -1))
+    return xp.where(proper[..., None, None], X, NAN)
 
 
 def left_singular(b: Backend, R: Any) -> tuple[Any, Any]:
@@ -174,6 +175,8 @@ def reciprocal(b: Backend, eigenvalues: Any) -> Any:
     The eigenvalues are known to eps of the largest: what is smaller than that has no certain sign.
     """
     xp = b.xp
+    if 0 in eigenvalues.shape[-2:]:
+        return eigenvalues  # the largest of none
     smallest = b.eps * xp.max(xp.abs(eigenvalues), axis=(-2, -1), keepdims=True)
     definite = xp.all(eigenvalues > smallest, axis=(-2, -1), keepdims=True)
     return 1 / xp.where(definite, eigenvalues, NAN)

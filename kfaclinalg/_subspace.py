@@ -18,6 +18,8 @@ def dominant_eigenpairs(b: _array.Backend, M: Any, rank: int, iterations: int, s
     |λ_(k+6) / λ_i| an iteration for the i-th pair. `start` (..., n, rank) spans what Q begins with, where it is finite.
     """
     xp, n = b.xp, M.shape[-1]
+    if n == 0:
+        return M, xp.sum(M, axis=-1)
     finite = xp.all(xp.isfinite(M), axis=(-2, -1), keepdims=True)
     size = xp.max(xp.abs(M), axis=(-2, -1), keepdims=True)
     size = xp.where(finite & (size > 0), size, 1.0)  # divided by it no product overflows

@@ -60,8 +60,8 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
 
 def _size(b: _array.Backend, M: Any, norm: str) -> Any:
     n = M.shape[-1]
-    if norm == "trace":
-        return _side.trace(b, M) / n
+    if norm == "trace" or n == 0:
+        return _side.trace(b, M) / max(n, 1)
     if norm == "frobenius":
         return b.xp.linalg.matrix_norm(_side.dense(M)) / n**0.5
     return b.xp.max(b.xp.abs(_side.eigh(b, M)[0]), axis=-1)

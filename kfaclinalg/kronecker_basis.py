@@ -50,7 +50,8 @@ class KroneckerBasis:
         """(K_A⁻ᵀ ⊗ K_B⁻ᵀ) diag(1 / weights) (K_A⁻ᵀ ⊗ K_B⁻ᵀ)ᵀ, NaN where K_A or K_B is singular or a weight is zero."""
         b = self._backend()
         K_A, K_B = (_linalg.general_inverse(b, K).mT for K in (self.K_A, self.K_B))
-        return KroneckerBasis(K_A, K_B, 1 / b.xp.where(self.weights == 0, _array.NAN, self.weights))
+        proper = b.xp.isfinite(self.weights) & (self.weights != 0)
+        return KroneckerBasis(K_A, K_B, 1 / b.xp.where(proper, self.weights, _array.NAN))
 
     def solve(self, V: Any) -> Any:
         """`inverse() @ V`, for one-off use."""
@@ -61,7 +62,7 @@ class KroneckerBasis:
         b = self._backend()
         m, n = self.shape
         log_A, log_B = (_linalg.log_abs_det(b, K) for K in (self.K_A, self.K_B))
-        positive = b.xp.where(self.weights > 0, self.weights, _array.NAN)
+        positive = b.xp.where(b.xp.isfinite(self.weights) & (self.weights > 0), self.weights, _array.NAN)
         return 2 * (m * log_A + n * log_B) + b.xp.sum(b.xp.log(positive), axis=(-2, -1))
 
     def trace(self) -> Any:

@@ -10,6 +10,7 @@ from ._value import value
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
 
+REFINEMENTS = 2
 SQUARINGS = 30  # 2^30 terms of the Smith series: more than enough for ρ = 1 - 1e-6
 
 
@@ -56,7 +57,11 @@ class KroneckerPair:
         return _array.narrowed(b, first @ X + second @ X, V.dtype)
 
     def inverse(self, method: str = "eigh") -> KroneckerBasis:
-        """(A ⊗ B + C ⊗ D)⁻¹ by one generalised symmetric eigenproblem a factor. About 11 (n³ + m³) flops."""
+        """(A ⊗ B + C ⊗ D)⁻¹ by one generalised symmetric eigenproblem a factor. About 11 (n³ + m³) flops.
+
+        A and B are inverted: the backward error is of the order eps cond(A) cond(B), even where the pair is well
+        conditioned. `solve` is refined.
+        """
         _array.check_choice("method", method, ("eigh",))
         # With A = L Lᵀ and the eigendecomposition L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C
         # diagonal: K_Aᵀ A K_A = I and K_Aᵀ C K_A = diag(s_A). The same for B, D. Hence, with K = K_A ⊗ K_B,
@@ -72,14 +77,13 @@ class KroneckerPair:
     def solve(self, V: Any, method: str = "eigh") -> Any:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
 
-        "eigh" is `inverse() @ V`. "smith" is the squared Smith iteration, matrix products only; it needs
-        ρ(A⁻¹C) ρ(B⁻¹D) < 1 and is NaN otherwise, even where the pair is definite.
+        "eigh" is `inverse() @ V`, refined twice by its residual. "smith" is the squared Smith iteration, matrix
+        products only; it needs ρ(A⁻¹C) ρ(B⁻¹D) < 1 and is NaN otherwise, even where the pair is definite.
         """
         _array.check_choice("method", method, ("eigh", "smith"))
-        if method == "eigh":
-            return self.inverse() @ V
         b = self._backend()
-        return _array.narrowed(b, self._smith(_array.operand(b, "V", V, self.shape)), V.dtype)
+        X = _array.operand(b, "V", V, self.shape)
+        return _array.narrowed(b, self._smith(X) if method == "smith" else self._refined(X), V.dtype)
 
     def logdet(self) -> Any:
         """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse."""
@@ -100,6 +104,13 @@ class KroneckerPair:
         first, second = self._terms()
         return first.to_dense() + second.to_dense()
 
+    def _refined(self, V: Any) -> Any:
+        inverse = self.inverse()
+        U = inverse @ V
+        for _ in range(REFINEMENTS):
+            U = U + inverse @ (V - self @ U)
+        return U
+
     def _smith(self, V: Any) -> Any:
         """U = Σ_k (-1)^k P^k W Q^k with P = B⁻¹D, Q = C A⁻¹ and W = B⁻¹ V A⁻¹, 2^j terms after j squarings.
 
@@ -107,25 +118,30 @@ class KroneckerPair:
         """
         b = self._backend()
         xp, sign = b.xp, -1.0
-        U = spd.solve(self.A, spd.solve(self.B, V).mT).mT
+        W = spd.solve(self.A, spd.solve(self.B, V).mT).mT
+        size = xp.sum(xp.abs(W), axis=(-2, -1), keepdims=True)
+        size = xp.where(size > 0, size, 1.0)  # what is small beside U must not underflow
+        U = W / size
         P, Q = spd.solve(self.B, self.D), spd.solve(self.A, self.C.mT).mT
         for _ in range(SQUARINGS):
             p, q = (xp.linalg.matrix_norm(M, keepdims=True) for M in (P, Q))
             lost = (p == 0) | (q == 0)
             balance = xp.where(lost, 1.0, xp.sqrt(q) / xp.sqrt(xp.where(lost, 1.0, p)))
             growing = p * q > 1 / b.eps  # far from convergence: NaN before it overflows
-            P, Q = xp.where(growing, _array.NAN, balance * P), Q / balance
+            P, Q = xp.where(growing, _array.NAN, xp.where(lost, 0.0, balance * P)), xp.where(lost, 0.0, Q / balance)
             step = sign * (P @ U @ Q)
             U, P, Q, sign = U + step, P @ P, Q @ Q, 1.0
             if b.kind == "numpy" and not bool(xp.any(xp.abs(step) > 0.1 * b.eps * xp.abs(U))):
                 break
-        return xp.where(self._residual(U, V) <= b.eps**0.5, U, _array.NAN)
+        U = size * U
+        return xp.where(self._converged(U, V), U, _array.NAN)
 
-    def _residual(self, U: Any, V: Any) -> Any:
-        """The backward error of U (..., 1, 1): what says whether the series has converged."""
-        norm = partial(self._backend().xp.linalg.matrix_norm, keepdims=True)
-        size = norm(self.A) * norm(self.B) + norm(self.C) * norm(self.D)
-        return norm(V - self @ U) / (size * norm(U) + norm(V))
+    def _converged(self, U: Any, V: Any) -> Any:
+        """Whether the backward error of U (..., 1, 1) is below √eps: what says whether the series has converged."""
+        b = self._backend()
+        norm = partial(b.xp.linalg.matrix_norm, keepdims=True)
+        size = (norm(self.A) * norm(self.B) + norm(self.C) * norm(self.D)) * norm(U) + norm(V)
+        return b.xp.isfinite(size) & (norm(V - self @ U) <= b.eps**0.5 * size)
 
     def _terms(self) -> tuple[Kronecker, Kronecker]:
         return Kronecker(self.A, self.B), Kronecker(self.C, self.D)

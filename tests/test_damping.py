@@ -37,6 +37,12 @@ def test_damped_factors(b, norm):
     np.testing.assert_allclose(b.numpy(damped.G), G + 0.5 / pi * np.eye(3), atol=100 * b.eps)
 
 
+def test_an_inverted_pi_is_caught(monkeypatch):
+    monkeypatch.setattr("kfaclinalg.damping.tikhonov_pi", lambda layer, norm: 1 / tikhonov_pi(layer, norm=norm))
+    with pytest.raises(AssertionError):
+        test_damped_factors(NUMPY, "trace")
+
+
 @given(seed=st.integers(0, 100), exponent=st.integers(-8, 8), gamma=st.floats(0, 10))
 def test_the_damped_product_does_not_depend_on_the_scale_between_the_factors(seed, exponent, gamma):
     """(c A, G / c) stand for the same curvature."""

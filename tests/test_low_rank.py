@@ -260,6 +260,12 @@ def test_diagonal(b):
     np.testing.assert_allclose(b.numpy(D.logdet()), np.log(d.prod(axis=-1)), rtol=testing.C * b.eps)
 
 
+def test_a_product_in_the_place_of_a_quotient_is_caught(monkeypatch):
+    monkeypatch.setattr(Diagonal, "solve", Diagonal.__matmul__)
+    with pytest.raises(AssertionError):
+        test_diagonal(NUMPY)
+
+
 SPOILED = {
     "d is zero": lambda U, s, d: (U, s, d * [1, 0, 1]),
     "d is negative": lambda U, s, d: (U, s, d * [1, -1, 1]),
