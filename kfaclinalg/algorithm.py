@@ -79,8 +79,8 @@ def kfac_step(
 ) -> tuple[Matrices, KFACState, StepInfo]:
     """One iteration of Algorithm 2: the new weights, the state for the next step, and what happened.
 
-    A guard beyond the paper: a step whose loss, statistics or update is not finite is refused. Weights, averages,
-    inverse and momentum stay as they were, the damping rises, and `info.refused` says why.
+    Section 8 counts its flops. A guard beyond the paper: a step whose loss, statistics or update is not finite is
+    refused. Weights, averages, inverse and momentum stay, the damping rises, and `info.refused` says why.
 
     Args:
         problem: the mini-batch.
@@ -90,6 +90,15 @@ def kfac_step(
 
     Raises:
         TypeError, ValueError: an option is wrong (seen when starting afresh), or arrays do not fit each other.
+
+    >>> import numpy as np
+    >>> from kfaclinalg_mlp import MLP
+    >>> mlp, a = MLP(("identity",), "gaussian"), np.asarray([[0.0], [1.0]])
+    >>> problem = mlp.problem(a, 3 * a, rng=np.random.default_rng(0), statistics_fraction=1, curvature_fraction=1)
+    >>> options = KFACOptions(damping=0.0, weight_decay=0.0)
+    >>> weights, state, info = kfac_step(problem, (np.zeros((1, 2)),), None, options)
+    >>> info.loss, bool(problem.loss(weights) < 1e-9)  # one exact step solves least squares
+    (2.25, True)
     """
     state = _start(options) if state is None else state
     k, eta = state.iteration + 1, options.weight_decay

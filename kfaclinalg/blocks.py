@@ -33,7 +33,7 @@ class BlockDiagonal:
             raise ValueError(f"blocks is {self.blocks!r}, expected a tuple of one operator or more")
 
     def apply(self, Vs: Sequence[Any], /) -> tuple[Any, ...]:
-        """(block_1 @ V_1, ..., block_l @ V_l)."""
+        """(block_1 @ V_1, ..., block_l @ V_l). The sum of the blocks' flops, here and below."""
         return tuple(block @ V for block, V in self._pairs(Vs))
 
     __matmul__ = apply
@@ -81,6 +81,14 @@ class BlockTridiagonalInverse:
     Args:
         Psi_A, Psi_G: l - 1 arrays (..., n_i, n_{i+1}) and (..., m_i, m_{i+1}).
         Lambda: l operators, the blocks of Λ.
+
+    >>> import numpy as np
+    >>> from kfaclinalg import Factors, LayerFactors, Link, block_tridiagonal_inverse
+    >>> one = np.eye(1)
+    >>> factors = Factors((LayerFactors(2 * one, one), LayerFactors(one, one)), (Link(one, one),))
+    >>> block_tridiagonal_inverse(factors, 0.0).to_dense()
+    array([[ 1., -1.],
+           [-1.,  2.]])
     """
 
     Psi_A: tuple[Any, ...]
@@ -112,11 +120,11 @@ class BlockTridiagonalInverse:
     __matmul__ = apply
 
     def logdet(self) -> Any:
-        """Σ log det Λ_i (...), since det Ξ = 1."""
+        """Σ log det Λ_i (...), since det Ξ = 1. The flops of the blocks' `logdet`."""
         return reduce(add, (block.logdet() for block in self.Lambda))
 
     def to_dense(self) -> Any:
-        """The matrix that acts on the stacked vec(V_i)."""
+        """The matrix that acts on the stacked vec(V_i). 4 N³ flops for N = Σ m_i n_i."""
         Lambda = {(i, i): block.to_dense() for i, block in enumerate(self.Lambda)}
         b = _array.resolve(Lambda=Lambda[0, 0])
         Xi = {(i, i): b.eye(block.shape[-1]) for (i, _), block in Lambda.items()}

@@ -22,7 +22,8 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     """π = √(‖A ⊗ I‖ / ‖I ⊗ G‖), an array of the batch's shape; 1 where a factor is zero (Section 6.3).
 
     "trace" compares the mean eigenvalues tr(A)/n and tr(G)/m, "frobenius" the root mean squares ‖A‖_F/√n and
-    ‖G‖_F/√m, "spectral" the largest ones (an eigendecomposition of both).
+    ‖G‖_F/√m, "spectral" the largest ones (an eigendecomposition of both). n + m, 2 (n² + m²) and about 4 (n³ + m³)
+    flops.
 
     Raises:
         TypeError, ValueError: A or G is not a square array of one namespace, dtype and device; an unknown norm.
@@ -44,6 +45,7 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     """(A + π γ I, G + γ/π I) (eqn 7). γ is a number or an array that broadcasts with the batch.
 
     γ is the strength in each *factor*: their product adds γ² to the curvature itself, so γ = √(λ + η) at the start.
+    n² + m² flops, and those of π.
 
     Raises:
         TypeError, ValueError: as for `tikhonov_pi`; or γ is negative, NaN or infinite.

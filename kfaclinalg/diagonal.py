@@ -73,11 +73,11 @@ class Diagonal:
         return self._backend().xp.sum(self.d, axis=-1)
 
     def diagonal(self) -> Any:
-        """d (..., n)."""
+        """d (..., n). No flops."""
         return self.d
 
     def to_dense(self) -> Any:
-        """diag(d) (..., n, n)."""
+        """diag(d) (..., n, n). No flops."""
         b = self._backend()
         return b.xp.where(b.eye(self.shape[0]) > 0, self.d[..., None], 0.0)
 

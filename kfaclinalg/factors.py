@@ -19,6 +19,10 @@ class LayerFactors(NamedTuple):
     """The factors of one layer: A (..., n, n) on the input side, G (..., m, m) on the output side.
 
     Damping and the block-diagonal inverse also take a `Diagonal` or a `LowRankPlusDiagonal` for each.
+
+    >>> import numpy as np
+    >>> LayerFactors(A=np.eye(3), G=np.eye(2)).A.shape
+    (3, 3)
     """
 
     A: Any
@@ -26,21 +30,32 @@ class LayerFactors(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The cross moments of layers i and i+1: A = E[a_i a_{i+1}ᵀ], G = E[g_i g_{i+1}ᵀ] (Section 4.3)."""
+    """The cross moments of layers i and i+1: A = E[a_i a_{i+1}ᵀ], G = E[g_i g_{i+1}ᵀ] (Section 4.3).
+
+    >>> import numpy as np
+    >>> Link(A=np.ones((3, 4)), G=np.ones((2, 5))).G.shape
+    (2, 5)
+    """
 
     A: Any
     G: Any
 
 
 class Factors(NamedTuple):
-    """The factors of a network, in the order of its layers; `links` is empty or has one entry fewer than `layers`."""
+    """The factors of a network, in the order of its layers; `links` is empty or has one entry fewer than `layers`.
+
+    >>> import numpy as np
+    >>> factors = batch_factors([np.ones((5, 3)), np.ones((5, 2))], [np.ones((5, 2)), np.ones((5, 1))], links=True)
+    >>> len(factors.layers), len(factors.links)
+    (2, 1)
+    """
 
     layers: tuple[LayerFactors, ...]
     links: tuple[Link, ...] = ()
 
 
 def homogeneous(a: ArrayT, /) -> ArrayT:
-    """(..., N, d) -> (..., N, d + 1): a column of ones, last, so that the last column of W is the bias.
+    """(..., N, d) -> (..., N, d + 1): a column of ones, last, so that the last column of W is the bias. No flops.
 
     Raises:
         TypeError, ValueError: `a` is not a float32 or float64 array of two dimensions or more.
@@ -64,6 +79,8 @@ def batch_factors(
     links: bool = False,
 ) -> Factors:
     """The second moments of one batch of N examples: A_i = aᵀa / N and G_i = gᵀg / N, exactly symmetric.
+
+    Σ 2 N (n_i² + m_i²) flops, and 2 N (n_i n_{i+1} + m_i m_{i+1}) a link.
 
     Args:
         inputs: one array (..., N, n_i) a layer, used as given; see `homogeneous` for the bias.
@@ -90,6 +107,8 @@ def batch_factors(
 def moving_average(old: Factors | None, new: Factors, /, *, decay: float) -> Factors:
     """decay * old + (1 - decay) * new, for every factor and link; `new` itself where there is no `old` (Section 5).
 
+    3 flops an entry.
+
     Raises:
         ValueError: decay is outside [0, 1], or old and new differ in the number of layers or links or in a shape.
 
@@ -111,7 +130,7 @@ def moving_average(old: Factors | None, new: Factors, /, *, decay: float) -> Fac
 
 def averaging_decay(iteration: int, /, *, maximum: float = 0.95) -> float:
     """ε = min(1 - 1/k, maximum) for k = 1, 2, ...: a plain mean at first, so that the average is never biased
-    towards a start value, then an exponentially decaying one (Section 5).
+    towards a start value, then an exponentially decaying one (Section 5). Two flops.
 
     Raises:
         ValueError: the iteration is below 1.

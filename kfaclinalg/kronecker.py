@@ -137,17 +137,17 @@ class Kronecker:
         return m * _side.logdet(self.A) + n * _side.logdet(self.B)
 
     def trace(self) -> Any:
-        """tr(A) tr(B) (...)."""
+        """tr(A) tr(B) (...). n + m flops."""
         b = self._backend()
         return _side.trace(b, self.A) * _side.trace(b, self.B)
 
     def diagonal(self) -> Any:
-        """The diagonal of A ⊗ B, shaped like V: entry (i, j) is B_ii A_jj."""
+        """The diagonal of A ⊗ B, shaped like V: entry (i, j) is B_ii A_jj. m n flops."""
         b = self._backend()
         return _side.diagonal(b, self.B)[..., :, None] * _side.diagonal(b, self.A)[..., None, :]
 
     def to_dense(self) -> Any:
-        """A ⊗ B as a matrix (..., n m, n m) that acts on vec(V), the columns of V stacked."""
+        """A ⊗ B as a matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. m² n² flops."""
         return _linalg.kron(self._backend(), _side.dense(self.A), _side.dense(self.B))
 
     def _backend(self) -> _array.Backend:

@@ -47,18 +47,21 @@ class KroneckerBasis:
         return _array.narrowed(self._backend(), self.K_B @ inner @ self.K_A.mT, V.dtype)
 
     def inverse(self) -> KroneckerBasis:
-        """(K_A⁻ᵀ ⊗ K_B⁻ᵀ) diag(1 / weights) (K_A⁻ᵀ ⊗ K_B⁻ᵀ)ᵀ, NaN where K_A or K_B is singular or a weight is zero."""
+        """(K_A⁻ᵀ ⊗ K_B⁻ᵀ) diag(1 / weights) (K_A⁻ᵀ ⊗ K_B⁻ᵀ)ᵀ, NaN where K_A or K_B is singular or a weight is zero.
+
+        2 (n³ + m³) flops.
+        """
         b = self._backend()
         K_A, K_B = (_linalg.general_inverse(b, K).mT for K in (self.K_A, self.K_B))
         proper = b.xp.isfinite(self.weights) & (self.weights != 0)
         return KroneckerBasis(K_A, K_B, 1 / b.xp.where(proper, self.weights, _array.NAN))
 
     def solve(self, V: Any) -> Any:
-        """`inverse() @ V`, for one-off use."""
+        """`inverse() @ V`, for one-off use. 2 (n³ + m³) + 4 m n (m + n) flops."""
         return self.inverse() @ V
 
     def logdet(self) -> Any:
-        """2 m log|det K_A| + 2 n log|det K_B| + Σ log weights (...)."""
+        """2 m log|det K_A| + 2 n log|det K_B| + Σ log weights (...). ⅔ (n³ + m³) flops."""
         b = self._backend()
         m, n = self.shape
         log_A, log_B = (_linalg.log_abs_det(b, K) for K in (self.K_A, self.K_B))
@@ -66,15 +69,15 @@ class KroneckerBasis:
         return 2 * (m * log_A + n * log_B) + b.xp.sum(b.xp.log(positive), axis=(-2, -1))
 
     def trace(self) -> Any:
-        """Σ weights_ij ‖K_B e_i‖² ‖K_A e_j‖² (...)."""
+        """Σ weights_ij ‖K_B e_i‖² ‖K_A e_j‖² (...). 2 m n (m + n) flops."""
         return self._backend().xp.sum(self.diagonal(), axis=(-2, -1))
 
     def diagonal(self) -> Any:
-        """(K_B ∘ K_B) weights (K_A ∘ K_A)ᵀ: the diagonal, shaped like V."""
+        """(K_B ∘ K_B) weights (K_A ∘ K_A)ᵀ: the diagonal, shaped like V. 2 m n (m + n) flops."""
         return (self.K_B * self.K_B) @ self.weights @ (self.K_A * self.K_A).mT
 
     def to_dense(self) -> Any:
-        """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked."""
+        """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. 2 m³ n³ flops."""
         K = _linalg.kron(self._backend(), self.K_A, self.K_B)
         w = self._backend().xp.reshape(self.weights.mT, (*self.weights.shape[:-2], 1, K.shape[-1]))
         return (K * w) @ K.mT

@@ -79,6 +79,7 @@ class KroneckerPair:
 
         "eigh" is `inverse() @ V`, refined twice by its residual. "smith" is the squared Smith iteration, matrix
         products only; it needs ρ(A⁻¹C) ρ(B⁻¹D) < 1 and is NaN otherwise, even where the pair is definite.
+        About 11 (n³ + m³) + 16 m n (m + n) flops, or 2 (n³ + m³) + 2 m n (m + n) a squaring.
         """
         _array.check_choice("method", method, ("eigh", "smith"))
         b = self._backend()
@@ -86,21 +87,21 @@ class KroneckerPair:
         return _array.narrowed(b, self._smith(X) if method == "smith" else self._refined(X), V.dtype)
 
     def logdet(self) -> Any:
-        """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse."""
+        """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse. About 12 (n³ + m³) flops."""
         return -self.inverse().logdet()
 
     def trace(self) -> Any:
-        """tr(A) tr(B) + tr(C) tr(D) (...)."""
+        """tr(A) tr(B) + tr(C) tr(D) (...). 2 (n + m) flops."""
         first, second = self._terms()
         return first.trace() + second.trace()
 
     def diagonal(self) -> Any:
-        """The diagonal, shaped like V."""
+        """The diagonal, shaped like V. 3 m n flops."""
         first, second = self._terms()
         return first.diagonal() + second.diagonal()
 
     def to_dense(self) -> Any:
-        """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked."""
+        """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. 3 m² n² flops."""
         first, second = self._terms()
         return first.to_dense() + second.to_dense()
 

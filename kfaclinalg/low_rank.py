@@ -143,7 +143,7 @@ def low_rank(
 def low_rank_plus_diagonal(
     M: Any, rank: int, /, *, iterations: int = 8, start: LowRankPlusDiagonal | None = None
 ) -> LowRankPlusDiagonal:
-    """rank_k(M - diag M) + diag M, otherwise as `low_rank`. M - diag M is indefinite: s may be negative.
+    """rank_k(M - diag M) + diag M, in as many flops as `low_rank`. M - diag M is indefinite: s may be negative.
 
     Raises:
         TypeError, ValueError: as for `low_rank`.

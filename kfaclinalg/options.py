@@ -13,7 +13,11 @@ MOMENTA = ("quadratic-model", "none")
 
 
 class KFACOptions(NamedTuple):
-    """The constants of the paper; the comment gives the symbol and the section."""
+    """The constants of the paper; the comment gives the symbol and the section.
+
+    >>> KFACOptions(damping_period=2, damping_decay=0.5).omega1
+    0.25
+    """
 
     structure: str = "block-diagonal"  # F̆ (4.2), or "block-tridiagonal", F̂ (4.3)
     damping: float = 1.0  # λ at the start (6.5; the paper: 150)

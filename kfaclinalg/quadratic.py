@@ -15,7 +15,11 @@ PARALLEL = 1e-10  # 1 - cos² below which a direction adds nothing to those befo
 
 
 class QuadraticFit(NamedTuple):
-    """The best coefficients (..., k) of the directions, and change = M(δ) - M(0) <= 0 (...)."""
+    """The best coefficients (..., k) of the directions, and change = M(δ) - M(0) <= 0 (...).
+
+    >>> QuadraticFit(coefficients=(0.5,), change=-0.5).change
+    -0.5
+    """
 
     coefficients: Any
     change: Any
@@ -26,7 +30,7 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
 
     k = 1 is the rescaling of Section 6.4, c = (α,); k = 2 with the last update as the second direction is the
     momentum of Section 7, c = (α, μ). A direction that is zero, or parallel to those before it, gets 0, which is
-    still a minimiser. A NaN or infinity gives NaN.
+    still a minimiser. A NaN or infinity gives NaN. About 4 k³ flops.
 
     Args:
         curvature_gram: (..., k, k), d_iᵀ F d_j with the exact F.
@@ -63,7 +67,7 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
     """The matrix of Σ_layers <d_i, e_j>, for directions d_i and others e_j of one matrix a layer.
 
     It accumulates in float64 where the device has it: in float32 the changes of the loss late in training drown in the
-    rounding of the sum.
+    rounding of the sum. Two flops for an entry of each pair.
 
     >>> import numpy as np
     >>> d, e = (np.ones((2, 2)), np.ones((1, 3))), (np.ones((2, 2)), np.zeros((1, 3)))

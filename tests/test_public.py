@@ -46,10 +46,38 @@ def test_it_is_documented(thing):
 @pytest.mark.parametrize("thing", [t for t in CORE if inspect.isfunction(t)], ids=lambda thing: thing.__name__)
 def test_a_function_says_what_it_raises_and_shows_an_example(thing):
     doc = inspect.getdoc(thing)
-    if thing is not kfaclinalg.kfac_step:  # its example is a whole Problem: tests/test_algorithm.py
-        assert ">>>" in doc
+    assert ">>>" in doc
     if thing not in (kfaclinalg.reduction_ratio, kfaclinalg.inner_products, kfaclinalg.assert_finite):
         assert "Raises:" in doc
+
+
+def methods():
+    """Of every operator, by name; conversions compute nothing, and a block operator does what its blocks do."""
+    conversions = {"astype", "to_device", "to_namespace", "as_scipy"}
+    for cls in (t for t in CORE if hasattr(t, "to_dense") and t is not kfaclinalg.BlockDiagonal):
+        for name, f in vars(cls).items():
+            if inspect.isfunction(f) and (name == "__matmul__" or not name.startswith("_")) and name not in conversions:
+                yield f"{cls.__name__}.{name}", f
+
+
+COUNTED = [(t.__name__, t) for t in CORE if inspect.isfunction(t)]
+NOT_COUNTED = {"assert_finite", "reduction_ratio", "levenberg_marquardt"}  # a few on the host
+
+
+@pytest.mark.parametrize("f", [pytest.param(f, id=name) for name, f in [*COUNTED, *methods()]])
+def test_its_cost_is_in_flops(f):
+    assert "flops" in f.__doc__ or f.__name__ in NOT_COUNTED
+
+
+@pytest.mark.parametrize("cls", [t for t in CORE if inspect.isclass(t)], ids=lambda cls: cls.__name__)
+def test_a_class_shows_an_example(cls):
+    given = {
+        kfaclinalg.Problem,
+        kfaclinalg.KFACState,
+        kfaclinalg.StepInfo,
+        kfaclinalg.LinAlgError,
+    }  # not made by users
+    assert cls in given or ">>>" in cls.__doc__
 
 
 @pytest.mark.parametrize(
@@ -58,7 +86,10 @@ def test_a_function_says_what_it_raises_and_shows_an_example(thing):
         "spd",
         "factors",
         "damping",
+        "diagonal",
+        "low_rank",
         "kronecker",
+        "kronecker_basis",
         "kronecker_pair",
         "blocks",
         "curvature",
