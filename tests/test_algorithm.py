@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
 
-from kfaclinalg import Factors, KFACOptions, LayerFactors, batch_factors, kfac_step, testing
+from kfaclinalg import Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors, kfac_step, testing
 
 
 class LinearRegression:
@@ -55,6 +55,21 @@ def run(problem, options, steps, state=None):
         weights, state, info = kfac_step(problem, weights, state, options)
         infos.append(info)
     return weights, state, infos
+
+
+class FactoredRegression(LinearRegression):
+    """The same, with its gradient as the residuals and inputs that it is made of."""
+
+    def loss_and_gradient(self, weights):
+        return self.loss(weights), (OuterProduct(self.residuals(weights[0]).mT / self.N, self.inputs.mT),)
+
+
+@pytest.mark.parametrize("b", [NUMPY, TORCH, STRICT[0]], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_factored_gradient_gives_the_same_steps(b, weight_decay):
+    options = KFACOptions(damping=0.1, weight_decay=weight_decay)
+    (dense,), (factored,) = (run(problem(b), options, 10)[0] for problem in (LinearRegression, FactoredRegression))
+    np.testing.assert_allclose(b.numpy(factored), b.numpy(dense), rtol=1e8 * b.eps, atol=1e8 * b.eps)
 
 
 @pytest.mark.parametrize("b", [NUMPY, TORCH, *STRICT, *JAX[:2]], ids=str)

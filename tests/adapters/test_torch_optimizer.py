@@ -1,15 +1,17 @@
 import copy
 import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
 from backends import DEVICES
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
-from kfaclinalg import KFACOptions
+from kfaclinalg import KFACOptions, OuterProduct
 from kfaclinalg_torch import KFAC, Gaussian
 
 
@@ -259,3 +261,62 @@ def test_running_factors_are_at_hand():
     optimizer.step(*parity())
     assert [layer.A.shape for layer in optimizer.factors.layers] == [(5, 5), (4, 4)]
     assert [layer.G.shape for layer in optimizer.factors.layers] == [(3, 3), (2, 2)]
+
+
+def trained(steps=30, *, sizes=(4, 8, 2), N=256, **options):
+    """The parameters after some steps in float64, and the optimizer."""
+    model, (x, y) = network(*sizes, dtype=torch.float64), parity(N, torch.float64)
+    x = torch.nn.functional.pad(x, (0, sizes[0] - 4), value=0.5)
+    optimizer = KFAC(model, "categorical", generator=torch.Generator().manual_seed(0), **options)
+    for _ in range(steps):
+        optimizer.step(x, y)
+    return nn.utils.parameters_to_vector(model.parameters()), optimizer
+
+
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal"])
+def test_a_run_in_chunks_is_the_run_on_whole_batches(structure):
+    whole, chunked = (trained(structure=structure, chunk_size=size)[0] for size in (None, 50))
+    torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_a_small_batch_is_preconditioned_by_its_outer_products(monkeypatch):
+    """The end of Section 8: only without weight decay, on layers larger than the batch, and to the same result."""
+    kept, case = [], {"sizes": (40, 30, 2), "N": 8}
+    plain = OuterProduct.__post_init__
+    monkeypatch.setattr(OuterProduct, "__post_init__", lambda self: (kept.append(self.shape), plain(self))[1])
+    outer, _ = trained(weight_decay=0.0, **case)
+    assert set(kept) == {(30, 41)}
+    kept.clear()
+    for options in ({"weight_decay": 1e-9}, {"chunk_size": 4}, {"structure": "block-tridiagonal"}):
+        trained(2, **{"weight_decay": 0.0, **options}, **case)
+    trained(2, sizes=(40, 30, 2), N=64, weight_decay=0.0)
+    assert not kept
+    monkeypatch.setattr(OuterProduct, "pays", lambda shape, r: False)
+    torch.testing.assert_close(outer, trained(weight_decay=0.0, **case)[0], rtol=1e-9, atol=1e-9)
+    assert not kept
+
+
+def test_the_iterates_can_be_averaged():
+    """Section 13, by torch's own AveragedModel."""
+    model, (x, y) = network(4, 3, 2), parity()
+    optimizer = KFAC(model, "categorical")
+    average, expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)), None
+    for _ in range(4):
+        optimizer.step(x, y)
+        average.update_parameters(model)
+        now = nn.utils.parameters_to_vector(model.parameters()).detach()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    torch.testing.assert_close(nn.utils.parameters_to_vector(average.module.parameters()), expected)
+    assert average.module(x).shape == (256, 2)
+
+
+def test_nothing_of_a_deleted_optimizer_stays_on_the_model():
+    model = network(4, 3, 2)
+    optimizer = KFAC(model, "categorical")
+    optimizer.step(*parity())
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())

@@ -4,7 +4,7 @@ import numpy as np
 from backends import every_backend
 from networks import network
 
-from kfaclinalg import Kronecker, testing
+from kfaclinalg import Kronecker, OuterProduct, testing
 
 
 @every_backend
@@ -13,8 +13,11 @@ def test_the_low_rank_form_of_the_preconditioned_gradient(b):
     rng = np.random.default_rng(0)
     a, g = rng.standard_normal((7, 5)), rng.standard_normal((7, 3))  # rows are examples
     inverse = Kronecker(*layer).inverse()
-    low_rank = b.numpy(inverse.apply_outer(b.array(g.T / 7), b.array(a.T)))
+    gradient = OuterProduct(b.array(g.T / 7), b.array(a.T))
+    low_rank = b.numpy(inverse @ gradient)
     A, G = map(b.numpy, layer)
     exact = np.linalg.solve(G, g.T @ a / 7) @ np.linalg.inv(A)
     bound = testing.inverse_bound(np.linalg.cond(A) * np.linalg.cond(G), b.eps)
     np.testing.assert_allclose(low_rank, exact, atol=bound * np.linalg.norm(exact))
+    np.testing.assert_allclose(b.numpy(gradient.to_dense()), g.T @ a / 7, atol=10 * b.eps)
+    assert gradient.shape == (3, 5)
