@@ -5,26 +5,33 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 EXTRAS_demo := torch,demo
-EXTRAS_test := test,demo
+EXTRAS_figures := figures
+EXTRAS_test := test,figures
 EXTRAS_docs := docs
 EXTRAS_bench := bench
 
 # Somebody else's packages would hide ours.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test lint docs bench clean
+FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
+
+.PHONY: help demo figures test lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   K-FAC on a deep MNIST autoencoder         (ARGS=--quick for the short form)"
-	@echo "make test   lint, then the tests                      (ARGS='-k name' goes to pytest)"
-	@echo "make lint   ruff and mypy"
-	@echo "make docs   the site, in build/docs"
-	@echo "make bench  every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
-	@echo "make clean  remove .venv and all that was built"
+	@echo "make demo     K-FAC on a deep MNIST autoencoder         (ARGS=--quick for the short form)"
+	@echo "make figures  the paper's figures, in build/figures     (ARGS=--quick for the short form)"
+	@echo "make test     lint, then the tests                      (ARGS='-k name' goes to pytest)"
+	@echo "make lint     ruff and mypy"
+	@echo "make docs     the site, in build/docs"
+	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
+	@echo "make clean    remove .venv and all that was built"
 
 demo: $(VENV)/.demo
 	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
+
+figures: $(VENV)/.figures
+	@set -e; for name in $(FIGURES); do $(PYTHON) docs/examples/$$name.py $(ARGS); done
 
 test: lint
 	$(PYTHON) -m pytest -n auto $(ARGS)
@@ -50,7 +57,7 @@ clean:
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, all in the one environment.
-STAMPS := $(addprefix $(VENV)/.,demo test docs bench)
+STAMPS := $(addprefix $(VENV)/.,demo figures test docs bench)
 $(STAMPS): $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	@touch $@

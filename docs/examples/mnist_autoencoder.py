@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -120,12 +120,12 @@ def read_idx(folder: Path, pattern: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def autoencoder(seed: int) -> nn.Sequential:
+def autoencoder(seed: int, sizes: Sequence[int] = SIZES) -> nn.Sequential:
     """The network with sparse initial weights (Martens 2010): 15 incoming connections a unit."""
     generator = torch.Generator().manual_seed(seed)
     modules: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(SIZES)):
-        linear = i in (CODE, len(SIZES) - 2)
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        linear = i in (CODE, len(sizes) - 2)
         modules += [nn.Linear(inputs, outputs)] + [nn.Tanh()] * (not linear)
         initialise_sparsely(modules[-1 if linear else -2], bias=0.0 if linear else 0.5, generator=generator)
     return nn.Sequential(*modules)
