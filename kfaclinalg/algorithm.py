@@ -17,6 +17,7 @@ from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduc
 
 Matrices = tuple[Any, ...]  # one (m, n) array a layer
 NO_UPDATE = "the update is not finite"
+MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
 class Problem(Protocol):
@@ -45,6 +46,7 @@ class KFACState(NamedTuple):
     factors: Factors | None = None  # the moving averages
     inverse: Any = None  # of the curvature, as last refreshed
     update: Matrices | None = None  # δ0
+    curvature_fraction: float = 1.0  # τ2 of the next problem
 
 
 class StepInfo(NamedTuple):
@@ -79,14 +81,14 @@ def kfac_step(
 ) -> tuple[Matrices, KFACState, StepInfo]:
     """One iteration of Algorithm 2: the new weights, the state for the next step, and what happened.
 
-    Section 8 counts its flops. A guard beyond the paper: a step whose loss, statistics or update is not finite is
-    refused. Weights, averages, inverse and momentum stay, the damping rises, and `info.refused` says why.
+    Section 8 counts its flops. Guards beyond the paper: a step whose loss, statistics or update is not finite is
+    refused, `info.refused` says why, λ rises and all else stays; and where a small S2 misleads, as it does late in
+    training, `state.curvature_fraction` grows for the adapter to follow.
 
     Args:
         problem: the mini-batch.
         weights: one (m, n) array a layer, never changed in place.
         state: what the last step returned; None starts afresh.
-        options: see `KFACOptions`.
 
     Raises:
         TypeError, ValueError: an option is wrong (seen when starting afresh), or arrays do not fit each other.
@@ -95,14 +97,12 @@ def kfac_step(
     >>> from kfaclinalg_mlp import MLP
     >>> mlp, a = MLP(("identity",), "gaussian"), np.asarray([[0.0], [1.0]])
     >>> problem = mlp.problem(a, 3 * a, rng=np.random.default_rng(0), statistics_fraction=1, curvature_fraction=1)
-    >>> options = KFACOptions(damping=0.0, weight_decay=0.0)
-    >>> weights, state, info = kfac_step(problem, (np.zeros((1, 2)),), None, options)
+    >>> weights, state, info = kfac_step(problem, (np.zeros((1, 2)),), None, KFACOptions(damping=0, weight_decay=0))
     >>> info.loss, bool(problem.loss(weights) < 1e-9)  # one exact step solves least squares
     (2.25, True)
     """
     state = _start(options) if state is None else state
     k, eta = state.iteration + 1, options.weight_decay
-
     h, gradient = problem.loss_and_gradient(weights)
     dense = tuple(g.to_dense() if isinstance(g, OuterProduct) else g for g in gradient)
     if eta:
@@ -120,26 +120,27 @@ def kfac_step(
     loss = float(h + _penalty(weights, eta))
     moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
     refused = _refusal(loss, statistics, step)
-    ratio, damping = math.nan, state.damping
+    ratio, damping, tau2 = math.nan, state.damping, state.curvature_fraction
     if k % options.damping_period == 0 and not refused:
         loss_after = float(problem.loss(moved) + _penalty(moved, eta))
         refused = "" if math.isfinite(loss_after) else "the loss after the step is not finite"
         ratio = reduction_ratio(loss, loss_after, step.change)
         damping = max(levenberg_marquardt(damping, ratio, omega=options.omega1), eta)  # λ >= η: a guard
+        tau2 = tau2 if ratio >= MISLED else min(2 * tau2, 1.0)
 
-    fit = (step.alpha, step.mu, step.change)
-    info = StepInfo(loss, state.damping, step.gamma, *fit, ratio, step.norm, refreshed, refused)
+    fit = step.alpha, step.mu, step.change, ratio
+    info = StepInfo(loss, state.damping, step.gamma, *fit, step.norm, refreshed, refused)
     if refused:
         no_step = info._replace(alpha=0.0, mu=0.0, change=0.0, update_norm=0.0, refreshed=False)
         return weights, _more_damped(state, options, info), no_step
     update = step.update if options.momentum == "quadratic-model" else None
-    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update), info
+    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2), info
 
 
 def _start(options: KFACOptions) -> KFACState:
     options.checked()
-    damping = max(options.damping, options.weight_decay)
-    return KFACState(0, damping, math.sqrt(damping + options.weight_decay))
+    damping, eta, tau2 = options.damping, options.weight_decay, options.curvature_fraction
+    return KFACState(0, max(damping, eta), math.sqrt(max(damping, eta) + eta), curvature_fraction=tau2)
 
 
 def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) -> dict[float, Any]:
@@ -195,6 +196,5 @@ def _refusal(loss: float, statistics: Factors, step: _Step) -> str:
 
 def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo) -> KFACState:
     """The state as it was, with a larger λ; a larger γ too where a new inverse may be at fault."""
-    inverse_failed = info.refreshed and info.refused == NO_UPDATE
-    gamma = state.gamma / options.omega2 if inverse_failed else state.gamma
+    gamma = state.gamma / options.omega2 if info.refreshed and info.refused == NO_UPDATE else state.gamma
     return state._replace(damping=state.damping / options.omega1, gamma=gamma)

@@ -29,7 +29,7 @@ class KFACOptions(NamedTuple):
     gamma_decay: float = math.sqrt(0.95)  # ω2 = gamma_decay**T2 (6.6)
     inverse_period: int = 20  # T3 (8)
     statistics_fraction: float = 1 / 8  # τ1 = |S1| / |S'| (8)
-    curvature_fraction: float = 1 / 4  # τ2 = |S2| / |S'| (8)
+    curvature_fraction: float = 1 / 4  # τ2 = |S2| / |S'| (8) at the start; `KFACState` has what it has grown to
     averaging_maximum: float = 0.95  # bound of ε (5)
     pi_norm: str = "trace"  # the norm of π (6.3)
     chunk_size: int | None = None  # examples at once (13); None: all

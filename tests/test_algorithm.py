@@ -144,6 +144,28 @@ def test_the_reduction_ratio_of_a_quadratic_is_one_and_lambda_falls():
     assert state.damping == pytest.approx(0.1 * 0.95**4)
 
 
+class MisledRegression(LinearRegression):
+    """Its S2 has seen a tenth of the curvature."""
+
+    def curvature_gram(self, weights, directions):
+        return 0.1 * super().curvature_gram(weights, directions)
+
+
+def test_tau2_doubles_where_the_model_misleads():
+    """The steps are ten times too long then: ρ < 0."""
+    options = EXACT._replace(damping=0.01, damping_period=1)
+    for problem, fractions in ((MisledRegression, [1 / 2, 1, 1]), (LinearRegression, [1 / 4] * 3)):
+        instance = problem(NUMPY)
+        weights, state, found = instance.start, None, []
+        for _ in range(3):
+            weights, state, info = kfac_step(instance, weights, state, options)
+            found.append(state.curvature_fraction)
+            assert (info.ratio < 0) == (problem is MisledRegression)
+        assert found == fractions
+    *_, infos = run(MisledRegression(NUMPY), options._replace(damping_period=4), 3)
+    assert all(math.isnan(info.ratio) for info in infos)
+
+
 def test_the_loss_includes_the_weight_decay():
     problem = LinearRegression(NUMPY)
     _, _, (info,) = run(problem, EXACT._replace(weight_decay=0.5), 1)

@@ -88,7 +88,7 @@ class MLP:
             rng: the `numpy.random.Generator` of the subsets and the sampled targets; `MLPProblem` gives the order of
                 its draws.
             statistics_fraction: τ1 = `|S1| / |S'|` (Section 8).
-            curvature_fraction: τ2 = `|S2| / |S'|` (Section 8).
+            curvature_fraction: τ2 = `|S2| / |S'|` (Section 8); in a long run `KFACState.curvature_fraction`.
 
         Raises:
             TypeError, ValueError: an array or `rng` is no such thing; no examples, or not as many targets; a namespace,

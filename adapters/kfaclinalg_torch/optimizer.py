@@ -68,7 +68,10 @@ class KFAC(torch.optim.Optimizer):
             ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used
                 exactly once. Nothing has changed then.
         """
-        problem = NetworkProblem(self.model, self.layers, self.likelihood, Batch(inputs, targets), self.options)
+        options = self.options
+        if self._state:
+            options = options._replace(curvature_fraction=self._state.curvature_fraction)
+        problem = NetworkProblem(self.model, self.layers, self.likelihood, Batch(inputs, targets), options)
         weights = tuple(layer.matrix() for layer in self.layers)
         moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
         if not self.info.refused:

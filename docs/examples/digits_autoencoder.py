@@ -6,7 +6,7 @@
 The mini-batch is the whole set of 1,797 digits. The error is the squared reconstruction error, summed over pixels, mean
 over digits; in a table it is the smaller one of the last iterate and the average of the iterates (Section 13). Without
 the guards of `kfac_step` (λ >= η, γ >= √η) the paper's algorithm may blow up late with τ2 < 1, where λ and γ follow the
-noise of a small S2 down to nothing.
+noise of a small S2 down to nothing; and without the third, by which τ2 grows, that noise would end the progress.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from kfaclinalg import KFACOptions, OuterProduct
 from kfaclinalg_torch import KFAC, Gaussian
+from kfaclinalg_torch.problem import Batch
 
 
 def network(*sizes, dtype=torch.float32, device="cpu"):
@@ -320,3 +321,21 @@ def test_nothing_of_a_deleted_optimizer_stays_on_the_model():
     assert gone() is None
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_it_follows_the_growth_of_tau2(monkeypatch):
+    """And a resumed run goes on with what it had grown to."""
+    fractions, subset = [], Batch.subset
+    monkeypatch.setattr(
+        Batch,
+        "subset",
+        lambda self, fraction, generator: (fractions.append(fraction), subset(self, fraction, generator))[1],
+    )
+    optimizer, (x, y) = KFAC(network(4, 3, 2), "categorical"), parity()
+    optimizer.step(x, y)
+    assert fractions == [1 / 8, 1 / 4]
+    saved = optimizer.state_dict()
+    saved["state"]["curvature_fraction"] = 1 / 2
+    optimizer.load_state_dict(saved)
+    optimizer.step(x, y)
+    assert fractions[2:] == [1 / 8, 1 / 2]
