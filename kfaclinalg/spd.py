@@ -152,9 +152,9 @@ def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, t
         _array.check_batches(M=M.shape[:-2], start=start.shape[:-2])
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}, expected an integer >= 0")
-    tolerance = b.eps**0.5 if tolerance is None else float(tolerance)
+    tolerance = b.eps**0.5 if tolerance is None else tolerance
     _array.check_positive("tolerance", tolerance)
-    return tolerance
+    return float(tolerance)
 
 
 def _matrix(M: Any) -> _array.Backend:

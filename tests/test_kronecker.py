@@ -1,4 +1,3 @@
-import itertools
 import pickle
 from typing import Any, NamedTuple
 
@@ -39,7 +38,8 @@ def low_rank_side(b: Backend, sample: Sample) -> Side:
 
 
 KINDS = {"dense": dense_side, "diagonal": diagonal_side, "low-rank": low_rank_side}
-every_pair = pytest.mark.parametrize("kinds", [*itertools.product(KINDS, KINDS)], ids=" ⊗ ".join)
+PAIRS = [("dense", "dense"), ("diagonal", "low-rank"), ("low-rank", "diagonal")]  # each kind on each side
+every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" ⊗ ".join)
 
 
 class Case:
