@@ -20,7 +20,12 @@ Matrices = tuple[Tensor, ...]
 
 
 class Batch:
-    """`inputs` (a tensor or a tuple of them) and `targets`, the examples along the first dimension of each."""
+    """`inputs` (a tensor or a tuple of them) and `targets`, the examples along the first dimension of each.
+
+    A subset holds only which `examples` it consists of, so that no more than a chunk of them is ever copied.
+    """
+
+    examples: Tensor | None = None  # None: all
 
     def __init__(self, inputs: Any, targets: Tensor) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -32,25 +37,25 @@ class Batch:
             raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
 
     def __len__(self) -> int:
-        return int(self.targets.shape[0])
-
-    def __getitem__(self, examples: Any) -> Batch:
-        return Batch(tuple(x[examples] for x in self.inputs), self.targets[examples])
+        return int((self.targets if self.examples is None else self.examples).shape[0])
 
     def subset(self, fraction: float, generator: torch.Generator) -> Batch:
         """A random fraction of the examples, one at least."""
         size = max(1, round(fraction * len(self)))
         if size == len(self):
             return self
-        return self[
-            torch.randperm(len(self), generator=generator, device=generator.device)[:size].to(self.targets.device)
-        ]
+        batch = Batch(self.inputs, self.targets)
+        order = torch.randperm(len(self), generator=generator, device=generator.device)
+        batch.examples = order[:size].to(self.targets.device)
+        return batch
 
     def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
         """The batch in pieces of at most `size` examples, each with its share of the whole."""
         size = size or len(self)
         for start in range(0, len(self), size):
-            piece = self[start : start + size] if size < len(self) else self
+            part = slice(start, start + size)
+            examples: Any = part if self.examples is None else self.examples[part]
+            piece = Batch(tuple(x[examples] for x in self.inputs), self.targets[examples])
             yield len(piece) / len(self), piece
 
 
@@ -98,11 +103,12 @@ class NetworkProblem:
         seen = 0.0
         batch = self._subset(self.options.statistics_fraction)
         chunked = len(batch) > (self.options.chunk_size or len(batch))
-        for share, piece in self._pieces(self._sampled(batch, weights) if chunked else batch):
+        sampled = self._sampled(batch, weights) if chunked else None
+        for share, piece in self._pieces(batch):
             with torch.enable_grad(), captured(self.layers) as uses:
                 outputs = self._outputs(piece, *_leaves(weights))
                 used = single_uses(uses)
-                targets = piece.targets if chunked else self._sample(outputs.detach())
+                targets = self._sample(outputs.detach()) if sampled is None else next(sampled)
                 loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
                 g = torch.autograd.grad(loss, [use.outputs for use in used])
             moments = batch_factors(list(self._inputs(used)), g, links=links)
@@ -133,11 +139,11 @@ class NetworkProblem:
         possible = whole and not options.weight_decay and options.structure == "block-diagonal"
         return possible and OuterProduct.pays((m, n), N)
 
-    def _sampled(self, batch: Batch, weights: Matrices) -> Batch:
-        """The batch with sampled targets, drawn for all examples at once: the same ones whatever the chunks."""
+    def _sampled(self, batch: Batch, weights: Matrices) -> Iterator[Tensor]:
+        """Targets for each piece, drawn for all examples at once: the same ones whatever the chunks."""
         with torch.no_grad():
             outputs = torch.cat([self._outputs(piece, *weights) for _, piece in self._pieces(batch)])
-        return Batch(batch.inputs, self._sample(outputs))
+        return iter(self._sample(outputs).split(self.options.chunk_size or len(batch)))
 
     def _sample(self, outputs: Tensor) -> Tensor:
         return self.likelihood.sample(outputs, self.options.generator)

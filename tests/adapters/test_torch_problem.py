@@ -143,9 +143,11 @@ def test_subsets_have_their_size_and_follow_the_generator():
     batch = Batch(torch.arange(80), torch.arange(80))
     one, two = (batch.subset(1 / 8, torch.Generator().manual_seed(3)) for _ in range(2))
     assert len(one) == 10
-    assert len(set(one.targets.tolist())) == 10
-    assert torch.equal(one.inputs[0], one.targets)
-    assert torch.equal(one.targets, two.targets)
+    ((share, piece),), pieces = one.chunks(None), list(two.chunks(4))
+    assert (share, [share for share, _ in pieces]) == (1.0, [0.4, 0.4, 0.2])
+    assert len(set(piece.targets.tolist())) == 10
+    assert torch.equal(piece.inputs[0], piece.targets)
+    assert torch.equal(torch.cat([piece.targets for _, piece in pieces]), piece.targets)
     assert len(batch.subset(1e-9, torch.Generator())) == 1
     assert batch.subset(1.0, torch.Generator()) is batch
 
