@@ -15,11 +15,14 @@ STRUCTURED = (Diagonal, LowRankPlusDiagonal)
 
 
 def resolve(**sides: Any) -> _array.Backend:
-    """The backend that all the sides share, after the checks of their shapes."""
-    b = _array.resolve(**{name: next(leaves(M)) for name, M in sides.items()})
+    """The backend that all the sides share."""
+    return _array.resolve(**{name: next(leaves(M)) for name, M in sides.items()})
+
+
+def check(**sides: Any) -> None:
+    """What is dense must be square, and the batches must broadcast."""
     _array.check_square(**{name: M for name, M in sides.items() if not isinstance(M, STRUCTURED)})
     _array.check_batches(**batches(**sides))
-    return b
 
 
 def batches(**sides: Any) -> dict[str, tuple[int, ...]]:

@@ -90,9 +90,9 @@ def low_rank_inverse(
     """`block_diagonal_inverse` with A <- rank_k(A) and G <- rank_k(G - diag G) + diag G. Links are not used.
 
     The blocks are `Kronecker` products of `LowRankPlusDiagonal` inverses, in O(k (n_i + m_i)) memory. `low_rank` takes
-    about Σ 16 k (n_i² + m_i²) flops, or far fewer digits are missing where `start` is an earlier result of this
-    function for factors that have changed little since; Σ 14 k² (n_i + m_i) invert. A side smaller than the rank is
-    kept whole. A layer whose truncated G is not positive definite when damped becomes NaN.
+    about Σ 16 k (n_i² + m_i²) flops, and Σ 14 k² (n_i + m_i) invert. An earlier result of this function as `start`, for
+    factors that have changed little since, leaves a smaller error. A side smaller than the rank is kept whole. A layer
+    whose truncated G is not positive definite when damped becomes NaN.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov` and `low_rank`; or no layers, or `start` is not of this form.

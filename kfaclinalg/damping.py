@@ -34,6 +34,7 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     """
     _array.check_choice("norm", norm, NORMS)
     b = _side.resolve(A=layer.A, G=layer.G)
+    _side.check(A=layer.A, G=layer.G)
     sizes = (_size(b, M, norm) for M in layer)
     a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in sizes)
     zero = (a == 0) | (g == 0)

@@ -79,6 +79,7 @@ class Kronecker:
 
     def __post_init__(self) -> None:
         self._backend()
+        _side.check(A=self.A, B=self.B)
 
     @property
     def shape(self) -> tuple[int, int]:

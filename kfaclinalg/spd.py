@@ -116,9 +116,7 @@ def newton_schulz_inverse(
     X = _newton_schulz_start(b, H, None if start is None else _linalg.symmetrised(start) * scale)
     for _ in range(iterations):
         R = I - H @ X
-        bounded = (
-            xp.linalg.matrix_norm(R) < 1 / b.eps
-        )  # its square may grow where M is not definite: before it overflows
+        bounded = xp.linalg.matrix_norm(R) < 1 / b.eps  # where M is not definite R may grow: NaN before it overflows
         X = xp.where(bounded[..., None, None], X + X @ R, _array.NAN)
     X = X / scale  # not symmetrised: that would square the condition number in I - M X
     accepted = proper & (xp.linalg.matrix_norm(I - M @ X) <= tolerance)

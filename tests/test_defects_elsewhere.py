@@ -1,7 +1,5 @@
 """Results that other libraries were seen to get wrong, with the numbers of the reports, computed here."""
 
-import time
-
 import numpy as np
 import pytest
 from backends import TORCH, eager_backends
@@ -46,9 +44,7 @@ def test_large_matrices_are_solved_to_rounding():
     n, rng = 1000, np.random.default_rng(0)
     X = rng.standard_normal((n, n))
     M, v = TORCH.array(X @ X.T / n + 0.1 * np.eye(n)), TORCH.array(rng.standard_normal((n, 1)))
-    start = time.process_time()
     x, logdet = spd.solve(M, v), float(spd.logdet(M))
-    assert time.process_time() - start < 2
     assert testing.backward_error(M, x, v) <= testing.solve_bound(n, TORCH.eps)
     w = np.linalg.eigvalsh(TORCH.numpy(M))
     assert abs(logdet - np.log(w).sum()) <= testing.logdet_bound(n, w[-1] / w[0], logdet, TORCH.eps)

@@ -51,7 +51,7 @@ def logdet(M):
 
 
 def condition_of(M) -> float:
-    """In the Frobenius norm: an upper bound of that in the spectral norm, by at most n."""
+    """That in the Frobenius norm over n, which is no more than that in the spectral norm."""
     return float(mpmath.norm(matrix(M)) * mpmath.norm(matrix(inverse(M)))) / len(M)
 
 

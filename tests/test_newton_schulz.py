@@ -1,12 +1,9 @@
-import warnings
-
 import numpy as np
 import pytest
 import torch
 from backends import EAGER, GPU, JAX, NUMPY, TORCH, Backend, eager_backends, every_backend
 from hypothesis import assume, given
 from matrices import Sample, judge, members, samples
-from test_traces import NoSynchronisation
 
 from kfaclinalg import spd, testing
 from kfaclinalg.spd import newton_schulz_inverse
@@ -177,32 +174,6 @@ def test_batches_of_starts_broadcast(b):
 def test_mistakes_are_refused(error, call, message):
     with pytest.raises(error, match=message):
         call()
-
-
-STARTS = pytest.mark.parametrize("start", [(), (torch.eye(3, dtype=torch.float64) / 3,)], ids=["cold", "warm"])
-
-
-@STARTS
-def test_it_never_waits_for_the_device(start):
-    with NoSynchronisation():
-        newton_schulz_inverse(2 * torch.eye(3, dtype=torch.float64), *start)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_value_is_read_and_no_array_is_made_elsewhere(dtype):
-    M = torch.eye(3, device="meta", dtype=dtype)
-    X = newton_schulz_inverse(M, M)
-    assert (X.device.type, X.dtype, X.shape) == ("meta", dtype, (3, 3))
-
-
-@STARTS
-def test_torch_compile_takes_it_whole(start):
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-        compiled = torch.compile(newton_schulz_inverse, fullgraph=True, backend="eager")
-        M = TORCH.array(Sample(3, decades=0.2).spd(TORCH))
-        torch.testing.assert_close(compiled(M, *start), newton_schulz_inverse(M, *start))
 
 
 def test_gradients_pass_through():

@@ -27,6 +27,7 @@ from kfaclinalg import (
     homogeneous,
     inner_products,
     low_rank,
+    low_rank_inverse,
     low_rank_plus_diagonal,
     moving_average,
     spd,
@@ -76,6 +77,7 @@ HOT = {
     "spd.inverse": (lambda A, G, V: spd.inverse(A), (3, 3)),
     "spd.solve": (lambda A, G, V: spd.solve(A, V.mT), (3, 2)),
     "spd.logdet": (lambda A, G, V: spd.logdet(A), ()),
+    "newton_schulz_inverse, cold": (lambda A, G, V: spd.newton_schulz_inverse(A), (3, 3)),
     "newton_schulz_inverse": (lambda A, G, V: spd.newton_schulz_inverse(A, A, iterations=2), (3, 3)),
     "Kronecker @": (lambda A, G, V: Kronecker(A, G) @ V, (2, 3)),
     "Kronecker.inverse": (lambda A, G, V: Kronecker(A, G).inverse() @ V, (2, 3)),
@@ -109,6 +111,10 @@ HOT = {
     ),
     "LowRankPlusDiagonal.solve": (lambda A, G, V: low(A, V).solve(A), (3, 3)),
     "LowRankPlusDiagonal.logdet": (lambda A, G, V: low(A, V).logdet(), ()),
+    "LowRankPlusDiagonal.trace": (lambda A, G, V: low(A, V).trace(), ()),
+    "LowRankPlusDiagonal.diagonal": (lambda A, G, V: low(A, V).diagonal(), (3,)),
+    "LowRankPlusDiagonal.to_dense": (lambda A, G, V: low(A, V).to_dense(), (3, 3)),
+    "Kronecker, structured": (lambda A, G, V: Kronecker(low(A, V), Diagonal(V[:, 0])).inverse() @ V, (2, 3)),
     "homogeneous": (lambda A, G, V: homogeneous(V), (2, 4)),
     "batch_factors": (lambda A, G, V: batch_factors([V, V], [G, G], links=True).links[0].A, (3, 3)),
     "moving_average": (
@@ -134,6 +140,11 @@ COLD = {
     "exactly_damped_inverse": (lambda A, G, V: exactly_damped_inverse(factors_of(A, G), 0.1).apply((V,))[0], (2, 3)),
     "low_rank": (lambda A, G, V: low_rank(A, 1, iterations=1).d, (3,)),
     "low_rank_plus_diagonal": (lambda A, G, V: low_rank_plus_diagonal(A, 2, iterations=1).to_dense(), (3, 3)),
+    "low_rank_plus_diagonal, warm": (
+        lambda A, G, V: low_rank_plus_diagonal(A, 2, start=low(A, V)).to_dense(),
+        (3, 3),
+    ),
+    "low_rank_inverse": (lambda A, G, V: low_rank_inverse(factors_of(A, G), 0.1, rank=1).apply((V,))[0], (2, 3)),
     "spectral pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G), norm="spectral"), ()),
 }
 hot = pytest.mark.parametrize(("f", "shape"), HOT.values(), ids=HOT)

@@ -69,7 +69,7 @@ class KFAC(torch.optim.Optimizer):
                 exactly once. Nothing has changed then.
         """
         options = self.options
-        if self._state:
+        if self._state is not None:
             options = options._replace(curvature_fraction=self._state.curvature_fraction)
         problem = NetworkProblem(self.model, self.layers, self.likelihood, Batch(inputs, targets), options)
         weights = tuple(layer.matrix() for layer in self.layers)

@@ -25,9 +25,8 @@ class Batch:
     A subset holds only which `examples` it consists of, so that no more than a chunk of them is ever copied.
     """
 
-    examples: Tensor | None = None  # None: all
-
-    def __init__(self, inputs: Any, targets: Tensor) -> None:
+    def __init__(self, inputs: Any, targets: Tensor, examples: Tensor | None = None) -> None:
+        self.examples = examples  # None: all
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.targets = targets
         if not self.inputs or not all(isinstance(x, Tensor) and x.ndim > 0 for x in (*self.inputs, targets)):
@@ -44,10 +43,8 @@ class Batch:
         size = max(1, round(fraction * len(self)))
         if size == len(self):
             return self
-        batch = Batch(self.inputs, self.targets)
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        batch.examples = order[:size].to(self.targets.device)
-        return batch
+        return Batch(self.inputs, self.targets, order[:size].to(self.targets.device))
 
     def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
         """The batch in pieces of at most `size` examples, each with its share of the whole."""
