@@ -15,7 +15,16 @@ from .curvature import (
     low_rank_inverse,
 )
 from .damping import factored_tikhonov, tikhonov_pi
-from .factors import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
+from .factors import (
+    Factors,
+    LayerFactors,
+    Link,
+    averaging_decay,
+    batch_factors,
+    homogeneous,
+    moving_average,
+    update_factors,
+)
 from .kronecker import Kronecker, OuterProduct
 from .kronecker_basis import KroneckerBasis
 from .kronecker_pair import KroneckerPair
@@ -61,4 +70,5 @@ __all__ = [
     "spd",
     "testing",
     "tikhonov_pi",
+    "update_factors",
 ]

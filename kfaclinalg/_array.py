@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from array_api_compat import numpy as numpy_namespace
 
 from ._typing import Device, DType, Namespace, Scalar
 
@@ -21,6 +22,7 @@ CAUSES = (
     "a matrix that is not positive definite to working precision (more damping, or float64, helps), "
     "NaN or infinity in what came in, or overflow."
 )
+_known: dict[type, tuple[Namespace, str]] = {np.ndarray: (numpy_namespace, "numpy")}  # and torch.Tensor, once seen
 
 
 class LinAlgError(ValueError, RuntimeError):
@@ -54,11 +56,10 @@ class Backend(NamedTuple):
 def resolve(**arrays: Any) -> Backend:
     """The backend that all the arrays share; the error names the first that differs."""
     (first, x), *rest = arrays.items()
-    xp = _namespace(first, x)
+    xp, kind, place = _origin(first, x)
     if x.dtype not in (xp.float32, xp.float64):
         raise TypeError(f"{first} has dtype {x.dtype}, expected float32 or float64")
-    kind = next((kind for kind in ("torch", "jax", "cupy", "numpy") if kind in xp.__name__.split(".")), "other")
-    backend = Backend(xp, kind, x.dtype, device(x))
+    backend = Backend(xp, kind, x.dtype, place)
     for name, y in rest:
         _same_place(backend, name, y)
         if y.dtype != x.dtype:
@@ -69,7 +70,7 @@ def resolve(**arrays: Any) -> Backend:
 def operand(b: Backend, name: str, x: Any, core: tuple[int, ...]) -> Any:
     """`x` (..., *core) in the backend's dtype: float16 and bfloat16 are widened, anything else must fit."""
     _same_place(b, name, x)
-    half = str(x.dtype).rpartition(".")[2] in ("float16", "bfloat16")
+    half = x.dtype != b.dtype and str(x.dtype).rpartition(".")[2] in ("float16", "bfloat16")
     if not half and x.dtype != b.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {b.dtype}, float16 or bfloat16")
     if x.ndim < len(core) or tuple(x.shape[x.ndim - len(core) :]) != core:
@@ -88,20 +89,31 @@ def widest(x: Any) -> Any:
     return narrowed(b, x, b.widest)
 
 
-def _namespace(name: str, x: Any) -> Namespace:
+def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
+    """Namespace, kind and device."""
+    if known := _known.get(type(x)):
+        return *known, x.device
     try:
-        return array_namespace(x)
+        xp = array_namespace(x)
     except TypeError as error:
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"{name} is a {kind}, expected an array (NumPy, CuPy, torch, JAX, ...)") from error
+        raise TypeError(f"{name} is a {_class(x)}, expected an array (NumPy, CuPy, torch, JAX, ...)") from error
+    parts = xp.__name__.split(".")
+    kind = next((kind for kind in ("torch", "jax", "cupy", "numpy") if kind in parts), "other")
+    if _class(x) == "torch.Tensor":
+        _known[type(x)] = xp, kind
+    return xp, kind, device(x)
+
+
+def _class(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 def _same_place(b: Backend, name: str, x: Any) -> None:
-    xp = _namespace(name, x)
+    xp, _, place = _origin(name, x)
     if xp is not b.xp:
         raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as the others are")
-    if device(x) != b.device:
-        raise ValueError(f"{name} is on device {device(x)}, expected {b.device}, as the others are")
+    if place != b.device:
+        raise ValueError(f"{name} is on device {place}, expected {b.device}, as the others are")
 
 
 def check_square(**arrays: Any) -> None:
@@ -112,6 +124,8 @@ def check_square(**arrays: Any) -> None:
 
 def check_batches(**shapes: tuple[int, ...]) -> None:
     """The batch shapes must broadcast against each other."""
+    if not any(shapes.values()):
+        return
     for (first, a), (name, c) in combinations(shapes.items(), 2):
         if any(i != j and 1 not in (i, j) for i, j in zip(reversed(a), reversed(c), strict=False)):
             raise ValueError(f"{name} has batch shape {tuple(c)}, which does not broadcast with {tuple(a)} of {first}")
@@ -143,6 +157,14 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
 def per_member(x: Any) -> Any:
     """A scalar of each member (...), shaped (..., 1, 1) so that it multiplies matrices; a Python number as it is."""
     return x if isinstance(x, float) else x[..., None, None]
+
+
+def add_to_diagonal(b: Backend, M: Any, shift: Any) -> Any:
+    """M + shift I for a shift (...), without the I where the backend has a way."""
+    if b.kind != "torch":
+        return M + shift[..., None, None] * b.eye(M.shape[-1])
+    d = b.xp.linalg.diagonal(M) + shift[..., None]
+    return b.xp.diagonal_scatter(b.xp.broadcast_to(M, (*d.shape, d.shape[-1])), d, dim1=-2, dim2=-1)
 
 
 def all_finite(arrays: Sequence[Any]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _array, _linalg, spd
+from . import _array, _host, _linalg, spd
 from ._value import leaves
 from .low_rank import Diagonal, LowRankPlusDiagonal
 
@@ -16,12 +16,14 @@ STRUCTURED = (Diagonal, LowRankPlusDiagonal)
 
 def resolve(**sides: Any) -> _array.Backend:
     """The backend that all the sides share."""
-    return _array.resolve(**{name: next(leaves(M)) for name, M in sides.items()})
+    return _array.resolve(**{name: next(leaves(M)) if isinstance(M, STRUCTURED) else M for name, M in sides.items()})
 
 
 def check(**sides: Any) -> None:
     """What is dense must be square, and the batches must broadcast."""
-    _array.check_square(**{name: M for name, M in sides.items() if not isinstance(M, STRUCTURED)})
+    for name, M in sides.items():
+        if not isinstance(M, STRUCTURED):
+            _array.check_square(**{name: M})
     _array.check_batches(**batches(**sides))
 
 
@@ -34,12 +36,24 @@ def apply_right(X: Any, M: Any) -> Any:
     return (M @ X.mT).mT if isinstance(M, STRUCTURED) else X @ M.mT
 
 
-def inverse(M: Any) -> Any:
-    return M.inverse() if isinstance(M, STRUCTURED) else spd.inverse(M)
+def sandwich(B: Any, X: Any, A: Any) -> Any:
+    """B X Aᵀ for X (..., m, n)."""
+    return apply_right(B @ X, A)
 
 
-def solve(M: Any, X: Any) -> Any:
-    return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X)
+def outer(B: Any, L: Any, A: Any, R: Any) -> Any:
+    """(B L)(A R)ᵀ for L (..., m, r) and R (..., n, r)."""
+    return (B @ L) @ (A @ R).mT
+
+
+def inverse(M: Any, blas: str) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.inverse() if isinstance(M, STRUCTURED) else spd.inverse(M, blas=blas)
+
+
+def solve(M: Any, X: Any, blas: str) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X, blas=blas)
 
 
 def inverse_root(M: Any, p: float) -> Any:
@@ -74,4 +88,4 @@ def shifted(b: _array.Backend, M: Any, shift: Any) -> Any:
         return Diagonal(M.d + shift[..., None])
     if isinstance(M, LowRankPlusDiagonal):
         return LowRankPlusDiagonal(M.U, M.s, M.d + shift[..., None])
-    return M + shift[..., None, None] * b.eye(M.shape[-1])
+    return _array.add_to_diagonal(b, M, shift)

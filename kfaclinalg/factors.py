@@ -8,10 +8,11 @@ block-tridiagonal inverse needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from . import _array, _linalg
+from . import _array, _moments
 from ._typing import ArrayT
 
 
@@ -77,6 +78,7 @@ def batch_factors(
     /,
     *,
     links: bool = False,
+    blas: str = "auto",
 ) -> Factors:
     """The second moments of one batch of N examples: A_i = aᵀa / N and G_i = gᵀg / N, exactly symmetric.
 
@@ -86,6 +88,7 @@ def batch_factors(
         inputs: one array (..., N, n_i) a layer, used as given; see `homogeneous` for the bias.
         output_gradients: one (..., N, m_i) a layer; a row is the gradient of the loss *of one example*.
         links: also the cross moments of neighbouring layers, from the same examples.
+        blas: "auto" sends single matrices on torch's CPU to SciPy where that is faster, "native" keeps to torch.
 
     Raises:
         TypeError, ValueError: the sequences differ in length, or an array in N, dtype, namespace or device; N = 0.
@@ -96,12 +99,44 @@ def batch_factors(
     LayerFactors(A=array([[5., 2.],
            [2., 1.]]), G=array([[2.]]))
     """
-    _check_batch(inputs, output_gradients)
-    layers = (LayerFactors(_moment(a, a), _moment(g, g)) for a, g in zip(inputs, output_gradients, strict=True))
-    if not links:
-        return Factors(tuple(layers))
-    neighbours = zip(pairwise(inputs), pairwise(output_gradients), strict=True)
-    return Factors(tuple(layers), tuple(Link(_moment(*a), _moment(*g)) for a, g in neighbours))
+    b = _moments.check_batch(inputs, output_gradients)
+    moment = partial(_moments.moment, b, blas)
+    layers = tuple(LayerFactors(moment(a), moment(g)) for a, g in zip(inputs, output_gradients, strict=True))
+    return Factors(layers, _links(inputs, output_gradients) if links else ())
+
+
+def update_factors(
+    old: Factors | None,
+    inputs: Sequence[ArrayT],
+    output_gradients: Sequence[ArrayT],
+    /,
+    *,
+    decay: float,
+    blas: str = "auto",
+) -> Factors:
+    """moving_average(old, batch_factors(inputs, output_gradients), decay=decay), with links where `old` has them.
+
+    Each factor is one symmetric rank-N update of a copy, Σ N (n_i² + m_i²) flops, where the `blas` of `batch_factors`
+    has one. Those of `old` must be symmetric: only one half of each may be read.
+
+    Raises:
+        TypeError, ValueError: as for `batch_factors` and `moving_average`, or old is of another dtype or device.
+
+    >>> import numpy as np
+    >>> old = Factors((LayerFactors(np.ones((1, 1)), np.ones((1, 1))),))
+    >>> update_factors(old, [np.asarray([[2.0]])], [np.asarray([[0.0]])], decay=0.75).layers[0]
+    LayerFactors(A=array([[1.75]]), G=array([[0.75]]))
+    """
+    if old is None or decay == 1:  # what it multiplies by zero no rank-N update reads
+        new = batch_factors(inputs, output_gradients, links=old is not None and old.links != (), blas=blas)
+        return moving_average(old, new, decay=decay)
+    b = _moments.check_batch(inputs, output_gradients)
+    _moments.check_old(old.layers, inputs, output_gradients)
+    links = _links(inputs, output_gradients) if old.links else ()
+    averaged = moving_average(Factors((), old.links), Factors((), links), decay=decay).links
+    update = partial(_moments.updated, b, blas, float(decay))
+    layers = zip(old.layers, inputs, output_gradients, strict=True)
+    return Factors(tuple(LayerFactors(update(A, a), update(G, g)) for (A, G), a, g in layers), averaged)
 
 
 def moving_average(old: Factors | None, new: Factors, /, *, decay: float) -> Factors:
@@ -143,27 +178,13 @@ def averaging_decay(iteration: int, /, *, maximum: float = 0.95) -> float:
     return min(1 - 1 / iteration, maximum)
 
 
-def _moment(x: Any, y: Any) -> Any:
-    moment = (x.mT @ y) / x.shape[-2]
-    return _linalg.symmetrised(moment) if x is y else moment  # BLAS does not promise that xᵀx is symmetric bit for bit
+def _links(inputs: Sequence[Any], output_gradients: Sequence[Any]) -> tuple[Link, ...]:
+    neighbours = zip(pairwise(inputs), pairwise(output_gradients), strict=True)
+    return tuple(Link(_moments.cross(*a), _moments.cross(*g)) for a, g in neighbours)
 
 
 def _mix(old: tuple[Any, ...], new: tuple[Any, ...], decay: float) -> Any:
     return (decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
-
-
-def _check_batch(inputs: Sequence[Any], output_gradients: Sequence[Any]) -> None:
-    if len(inputs) != len(output_gradients) or not inputs:
-        raise ValueError(
-            f"got {len(inputs)} inputs and {len(output_gradients)} output_gradients, expected one of each a layer"
-        )
-    named = {f"inputs[{i}]": a for i, a in enumerate(inputs)}
-    named |= {f"output_gradients[{i}]": g for i, g in enumerate(output_gradients)}
-    _array.resolve(**named)
-    N = inputs[0].shape[-2] if inputs[0].ndim > 1 else 0
-    for name, x in named.items():
-        if x.ndim < 2 or x.shape[-2] != N or N == 0:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., N, d) with the same N > 0 for all")
 
 
 def _check_alike(old: Factors, new: Factors) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _array, _conversions, _linalg, _side
+from . import _array, _conversions, _host, _linalg, _side
 from ._typing import Scalar
 from ._value import value
 from .kronecker_basis import KroneckerBasis
@@ -86,15 +86,23 @@ class Kronecker:
         """(m, n), the shape of the matrices that it acts on."""
         return (self.B.shape[-1], self.A.shape[-1])
 
-    def __matmul__(self, V: Any) -> Any:
-        """B V Aᵀ (..., m, n). 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
+    def apply(self, V: Any, /, *, blas: str = "auto") -> Any:
+        """B V Aᵀ (..., m, n), as `@`. 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`.
+
+        Here and below `blas` "auto" sends single matrices on torch's CPU to NumPy or SciPy where that is faster,
+        "native" keeps to torch; other backends have one way.
+        """
         if isinstance(V, OuterProduct):
-            return self.apply_outer(V.L, V.R)
+            return self.apply_outer(V.L, V.R, blas=blas)
         b = self._backend()
         X = self._operand(b, V)
-        return _array.narrowed(b, _side.apply_right(self.B @ X, self.A), V.dtype)
+        return _array.narrowed(b, _host.run(b, blas, _side.sandwich, _side.sandwich, self.B, X, self.A), V.dtype)
 
-    def apply_outer(self, L: Any, R: Any) -> Any:
+    def __matmul__(self, V: Any) -> Any:
+        """B V Aᵀ (..., m, n). 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
+        return self.apply(V)
+
+    def apply_outer(self, L: Any, R: Any, *, blas: str = "auto") -> Any:
         """(A ⊗ B) applied to L Rᵀ, for L (..., m, r) and R (..., n, r), as (B L)(A R)ᵀ (the end of Section 8).
 
         2 r (m² + n² + m n) flops, fewer than those of `@` where `OuterProduct.pays`.
@@ -103,17 +111,18 @@ class Kronecker:
         m, n = self.shape
         left = _array.operand(b, "L", L, (m, L.shape[-1]))
         right = _array.operand(b, "R", R, (n, L.shape[-1]))
-        return _array.narrowed(b, (self.B @ left) @ (self.A @ right).mT, L.dtype)
+        product = _host.run(b, blas, _side.outer, _side.outer, self.B, left, self.A, right)
+        return _array.narrowed(b, product, L.dtype)
 
-    def inverse(self) -> Kronecker:
+    def inverse(self, *, blas: str = "auto") -> Kronecker:
         """A⁻¹ ⊗ B⁻¹ (Section 4.2). About n³ + m³ flops."""
-        return Kronecker(_side.inverse(self.A), _side.inverse(self.B))
+        return Kronecker(_side.inverse(self.A, blas), _side.inverse(self.B, blas))
 
-    def solve(self, V: Any) -> Any:
+    def solve(self, V: Any, *, blas: str = "auto") -> Any:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
         b = self._backend()
         X = self._operand(b, V)
-        return _array.narrowed(b, _side.solve(self.A, _side.solve(self.B, X).mT).mT, V.dtype)
+        return _array.narrowed(b, _side.solve(self.A, _side.solve(self.B, X, blas).mT, blas).mT, V.dtype)
 
     def inverse_root(self, p: float) -> Kronecker:
         """A^(-1/p) ⊗ B^(-1/p). About 9 (n³ + m³) flops; that of a `LowRankPlusDiagonal` is dense."""

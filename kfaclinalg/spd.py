@@ -6,34 +6,39 @@ infinity, gives NaN; the other members of the batch are not touched by it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from . import _array, _linalg
+from . import _array, _host, _linalg
 from ._typing import ArrayT
 
 
-def inverse(M: ArrayT, /) -> ArrayT:
+def inverse(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     """M⁻¹ (..., n, n), exactly symmetric, by Cholesky. About n³ flops.
 
     Relative to `solve` an explicit inverse pays when it is applied many times; its backward error grows with the
-    condition number, that of `solve` does not.
+    condition number, that of `solve` does not. With `blas` "auto" a single matrix on torch's CPU goes to SciPy where
+    that is faster, "native" keeps to torch; other backends have one way.
 
     Raises:
-        TypeError, ValueError: M is not a square float32 or float64 array.
+        TypeError, ValueError: M is not a square float32 or float64 array; an unknown `blas`.
 
     >>> import numpy as np
     >>> inverse(np.asarray([[4.0]]))
     array([[0.25]])
     """
     b = _matrix(M)
-    return _linalg.cholesky_inverse(b, _linalg.cholesky(b, _linalg.symmetrised(M)))
+    return _host.run(b, blas, _host.inverse, partial(_inverse, b), M)
 
 
-def solve(M: ArrayT, X: ArrayT, /) -> ArrayT:
+def solve(M: ArrayT, X: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     """M⁻¹ X for X (..., n, k), or (n,), by Cholesky and two substitutions: backward stable. n³/3 + 2 n² k flops.
 
+    `blas` is as in `inverse`.
+
     Raises:
-        TypeError, ValueError: M is not square, or X does not fit it in shape, dtype, namespace or device.
+        TypeError, ValueError: M is not square, or X does not fit it in shape, dtype, namespace or device; an unknown
+            `blas`.
 
     >>> import numpy as np
     >>> solve(np.asarray([[4.0, 0.0], [0.0, 0.5]]), np.asarray([1.0, 1.0]))
@@ -41,11 +46,10 @@ def solve(M: ArrayT, X: ArrayT, /) -> ArrayT:
     """
     b = _matrix(M)
     if X.ndim == 1:
-        return solve(M, X[:, None])[..., 0]
+        return solve(M, X[:, None], blas=blas)[..., 0]
     _array.check_batches(M=M.shape[:-2], X=X.shape[:-2])
     X_wide = _array.operand(b, "X", X, (M.shape[-1], X.shape[-1]))
-    L = _linalg.cholesky(b, _linalg.symmetrised(M))
-    return _array.narrowed(b, _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X_wide)), X.dtype)
+    return _array.narrowed(b, _host.run(b, blas, _host.solve, partial(_solve, b), M, X_wide), X.dtype)
 
 
 def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
@@ -153,6 +157,15 @@ def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, t
     tolerance = b.eps**0.5 if tolerance is None else tolerance
     _array.check_positive("tolerance", tolerance)
     return float(tolerance)
+
+
+def _inverse(b: Any, M: Any) -> Any:
+    return _linalg.cholesky_inverse(b, _linalg.cholesky(b, _linalg.symmetrised(M)))
+
+
+def _solve(b: Any, M: Any, X: Any) -> Any:
+    L = _linalg.cholesky(b, _linalg.symmetrised(M))
+    return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
 
 
 def _matrix(M: Any) -> _array.Backend:

@@ -4,7 +4,16 @@ from backends import every_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfaclinalg import Factors, LayerFactors, Link, averaging_decay, batch_factors, homogeneous, moving_average
+from kfaclinalg import (
+    Factors,
+    LayerFactors,
+    Link,
+    averaging_decay,
+    batch_factors,
+    homogeneous,
+    moving_average,
+    update_factors,
+)
 
 
 def moments(x, y):
@@ -68,6 +77,54 @@ def test_moving_average(b):
     assert [b.numpy(x).item() for x in (*mixed.layers[1], *mixed.links[0])] == [1.25, 2.5, 3.75, 5.0]
 
 
+def leaves(factors):
+    return [x for pair in (*factors.layers, *factors.links) for x in pair]
+
+
+@every_backend
+@pytest.mark.parametrize("blas", ["auto", "native"])
+@pytest.mark.parametrize("links", [False, True])
+def test_an_update_is_the_moving_average_with_the_batch(b, links, blas):
+    rng, N, sizes = np.random.default_rng(0), 7, [(3, 2), (70, 65), (1, 3)]
+    first, second = (
+        [[b.array(rng.standard_normal((N, k))) for k in side] for side in zip(*sizes, strict=True)] for _ in "12"
+    )
+    assert_same = np.testing.assert_array_equal
+    for new, alone in zip(
+        leaves(update_factors(None, *first, decay=0.75, blas=blas)),
+        leaves(batch_factors(*first, blas=blas)),
+        strict=True,
+    ):
+        assert_same(b.numpy(new), b.numpy(alone))
+    old = batch_factors(*first, links=links)
+    before = [b.numpy(x).copy() for x in leaves(old)]
+    for decay in (0, 0.75, 1):
+        updated = b.jit(lambda *args: update_factors(*args, decay=decay, blas=blas))(old, *second)  # noqa: B023
+        expected = moving_average(old, batch_factors(*second, links=links), decay=decay)
+        for x, y in zip(leaves(updated), leaves(expected), strict=True):
+            np.testing.assert_allclose(b.numpy(x), b.numpy(y), atol=20 * N * b.eps)
+        for x in leaves(Factors(updated.layers)):
+            assert_same(b.numpy(x), b.numpy(x).T)
+    for x, y in zip(leaves(old), before, strict=True):
+        assert_same(b.numpy(x), y)
+
+
+@every_backend
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("where", ["old", "batch"])
+def test_an_update_keeps_nan_whatever_the_decay(b, decay, where):
+    a = np.ones((2, 3))
+    old = batch_factors([b.array(a)], [b.array(a)])
+    if where == "old":
+        old = Factors(tuple(LayerFactors(np.nan * layer.A, layer.G) for layer in old.layers))
+    else:
+        a[0, 1] = np.nan
+    A = b.numpy(update_factors(old, [b.array(a)], [b.array(np.ones((2, 3)))], decay=decay).layers[0].A)
+    nan = np.full((3, 3), where == "old")
+    nan[1, :] = nan[:, 1] = True
+    np.testing.assert_array_equal(np.isnan(A), nan)
+
+
 @given(values=st.lists(st.floats(-1, 1), min_size=1, max_size=20))
 def test_the_average_starts_as_the_plain_mean(values):
     """ε = 1 - 1/k: no start value biases it."""
@@ -88,6 +145,7 @@ def test_averaging_decay():
 
 
 ONE = np.ones((2, 1))
+OLD, LINKED = batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2, links=True)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +158,18 @@ ONE = np.ones((2, 1))
         (lambda: batch_factors([ONE[:, 0]], [ONE]), r"inputs\[0\] has shape \(2,\)"),
         (lambda: homogeneous(ONE[:, 0]), r"a has shape \(2,\), expected \(\.\.\., N, d\)"),
         (lambda: moving_average(None, Factors(()), decay=1.5), r"decay is 1.5, expected a number in \[0, 1\]"),
+        (lambda: batch_factors([ONE], [ONE], blas="mkl"), "blas is 'mkl', expected one of 'auto', 'native'"),
+        (lambda: update_factors(OLD, [ONE], [ONE], decay=-0.5), r"decay is -0.5, expected a number in \[0, 1\]"),
+        (lambda: update_factors(None, [ONE], [ONE], decay=1.5), "decay is 1.5"),
+        (
+            lambda: update_factors(OLD, [ONE] * 2, [ONE] * 2, decay=0.5),
+            r"the layers of old have shapes \[\(1, 1\), .*as the b",
+        ),
+        (
+            lambda: update_factors(OLD, [np.ones((2, 3))], [ONE], decay=0.5),
+            r"expected \[\(3, 3\), \(1, 1\)\], as the batch",
+        ),
+        (lambda: update_factors(LINKED, [ONE], [ONE], decay=0.5), "the layers of old have"),
         (
             lambda: moving_average(batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2), decay=0.5),
             "new has",
@@ -114,3 +184,7 @@ def test_mistakes_are_refused(call, message):
 def test_mixed_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"output_gradients\[0\] has dtype float32, expected float64"):
         batch_factors([ONE], [ONE.astype(np.float32)])
+    with pytest.raises(
+        TypeError, match=r"old\.layers\[0\]\.A has dtype float64, expected float32, the dtype of inputs"
+    ):
+        update_factors(OLD, [ONE.astype(np.float32)], [ONE.astype(np.float32)], decay=0.5)

@@ -32,6 +32,7 @@ from kfaclinalg import (
     moving_average,
     spd,
     tikhonov_pi,
+    update_factors,
 )
 
 WAITS = ("_linalg_check_errors", "_local_scalar_dense", "allclose", "equal", "nonzero", "is_nonzero")
@@ -119,6 +120,10 @@ HOT = {
     "batch_factors": (lambda A, G, V: batch_factors([V, V], [G, G], links=True).links[0].A, (3, 3)),
     "moving_average": (
         lambda A, G, V: moving_average(factors_of(A, G), factors_of(A, G), decay=0.5).layers[0].A,
+        (3, 3),
+    ),
+    "update_factors": (
+        lambda A, G, V: update_factors(factors_of(A, G), [A], [G[[0, 1, 1], :]], decay=0.5).layers[0].A,
         (3, 3),
     ),
     "tikhonov_pi": (lambda A, G, V: tikhonov_pi(LayerFactors(A, G)), ()),

@@ -35,6 +35,7 @@ from kfaclinalg import (
     spd,
     testing,
     tikhonov_pi,
+    update_factors,
 )
 from kfaclinalg.damping import NORMS
 
@@ -80,6 +81,10 @@ def known(P):
 
 def solved(P, V):
     return P.inverse() @ V, P.solve(V), P.logdet()
+
+
+def symmetric(F):
+    return F._replace(layers=tuple(LayerFactors(A + A.mT, G + G.mT) for A, G in F.layers))
 
 
 # Every one of these is NaN for a member of which all arrays change their sign,
@@ -140,6 +145,12 @@ PLAIN = {
     "batch_factors": (lambda a, g: batch_factors(a, g, links=True), (A, X), (X, A)),
     "homogeneous": (homogeneous, A),
     "moving_average": (lambda old, new: moving_average(old, new, decay=0.75), FACTORS, each(lambda x: 2 * x, FACTORS)),
+    "update_factors": (
+        lambda old, a, g: update_factors(symmetric(old), a, g, decay=0.75),
+        FACTORS,
+        (normal(3, N), normal(3, M)),
+        (normal(3, M), normal(3, N)),
+    ),
 }
 # The inner products are of one network: the sum is over a batch too.
 ALONE = {"inner_products": (lambda d, e: inner_products([d], [d, e]), VS, (3 * V, V.mT + 1))}
