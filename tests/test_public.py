@@ -23,7 +23,9 @@ CONTRACT = {
 CORE = [getattr(kfaclinalg, name) for name in kfaclinalg.__all__ if name not in ("spd", "testing")]
 CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet, spd.newton_schulz_inverse]
 MLP = [getattr(kfaclinalg_mlp, name) for name in kfaclinalg_mlp.__all__]
-named = pytest.mark.parametrize("thing", [*CORE, *MLP, kfaclinalg_torch.KFAC], ids=lambda thing: thing.__name__)
+named = pytest.mark.parametrize(
+    "thing", [*CORE, *MLP, kfaclinalg_torch.KFAC, kfaclinalg_torch.KFACPreconditioner], ids=lambda thing: thing.__name__
+)
 
 
 def test_the_contract_is_exported():

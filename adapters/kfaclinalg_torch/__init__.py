@@ -2,5 +2,6 @@
 
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .optimizer import KFAC
+from .preconditioner import KFACPreconditioner
 
-__all__ = ["KFAC", "Bernoulli", "Categorical", "Gaussian", "Likelihood"]
+__all__ = ["KFAC", "KFACPreconditioner", "Bernoulli", "Categorical", "Gaussian", "Likelihood"]

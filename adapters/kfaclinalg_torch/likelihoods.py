@@ -43,30 +43,40 @@ class Bernoulli:
         p = torch.sigmoid(outputs)
         return p * (1 - p) * tangents
 
+    def fisher_root(self, outputs: Tensor, unit: int) -> Tensor:
+        p = torch.sigmoid(outputs)
+        return torch.sqrt(p * (1 - p)) * _one_hot(outputs, unit)
+
 
 class Categorical:
-    """p = softmax(z) over the last dimension, targets are class indices (N,); F_R = diag(p) - p pᵀ."""
+    """p = softmax(z) over the last dimension, targets are class indices (N, ...); F_R = diag(p) - p pᵀ."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+        if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             raise ValueError(
                 f"targets have shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}, "
-                "expected class indices (N,) for outputs (N, classes)"
+                "expected class indices (N, ...) for outputs (N, ..., classes)"
             )
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"targets have dtype {targets.dtype}, expected integer class indices")
-        _check_range("categorical", targets, 0, outputs.shape[1] - 1)
+        _check_range("categorical", targets, 0, outputs.shape[-1] - 1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return _mean_over_examples(functional.cross_entropy(outputs, targets.long(), reduction="none"))
+        losses = functional.cross_entropy(outputs.movedim(-1, 1), targets.long(), reduction="none")
+        return _mean_over_examples(losses)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.multinomial(torch.softmax(outputs, dim=-1), 1, generator=generator)[:, 0]
+        p = torch.softmax(outputs, dim=-1)
+        return torch.multinomial(p.flatten(0, -2), 1, generator=generator).reshape(p.shape[:-1])
 
     def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         p = torch.softmax(outputs, dim=-1)
         weighted = p * tangents
         return weighted - p * weighted.sum(dim=-1, keepdim=True)
+
+    def fisher_root(self, outputs: Tensor, unit: int) -> Tensor:
+        p = torch.softmax(outputs, dim=-1)
+        return torch.sqrt(p[..., unit, None]) * (_one_hot(outputs, unit) - p)
 
 
 class Gaussian:
@@ -85,6 +95,9 @@ class Gaussian:
     def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         return tangents
 
+    def fisher_root(self, outputs: Tensor, unit: int) -> Tensor:
+        return _one_hot(outputs, unit)
+
 
 LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(),
@@ -93,9 +106,29 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
+def likelihood_of(likelihood: str | Likelihood) -> Likelihood:
+    if not isinstance(likelihood, str):
+        missing = [name for name in ("loss", "sample", "fisher_product") if not hasattr(likelihood, name)]
+        if missing:
+            raise ValueError(f"likelihood {likelihood!r} lacks the methods {', '.join(missing)}")
+        return likelihood
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(map(repr, LIKELIHOODS))}")
+    return LIKELIHOODS[likelihood]
+
+
+def new_generator(device: torch.device) -> torch.Generator:
+    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    return torch.Generator(device).manual_seed(seed)
+
+
 def _mean_over_examples(losses: Tensor) -> Tensor:
     # float64: late in training ρ compares losses that differ in the sixth digit
     return losses.sum(dtype=torch.float64) / losses.shape[0]
+
+
+def _one_hot(outputs: Tensor, unit: int) -> Tensor:
+    return torch.zeros_like(outputs).index_fill_(-1, torch.tensor(unit, device=outputs.device), 1.0)
 
 
 def _check_shape(name: str, outputs: Tensor, targets: Tensor) -> None:

@@ -11,7 +11,7 @@ from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
 from .checkpoint import packed, unpacked
 from .layers import trained_layers
-from .likelihoods import LIKELIHOODS, Likelihood
+from .likelihoods import Likelihood, likelihood_of, new_generator
 from .problem import Batch, NetworkProblem
 
 
@@ -41,10 +41,10 @@ class KFAC(torch.optim.Optimizer):
     info: StepInfo | None  #: what happened in the last step
 
     def __init__(self, model: nn.Module, likelihood: str | Likelihood, **options: Any) -> None:
-        self.model, self.layers, self.likelihood = model, trained_layers(model), _likelihood(likelihood)
+        self.model, self.layers, self.likelihood = model, trained_layers(model), likelihood_of(likelihood)
         self.options = KFACOptions(**options).checked()
         if self.options.generator is None:
-            self.options = self.options._replace(generator=_new_generator(self.layers[0].module.weight.device))
+            self.options = self.options._replace(generator=new_generator(self.layers[0].module.weight.device))
         self.info = None
         self._state: KFACState | None = None
         super().__init__([p for p in model.parameters() if p.requires_grad], {})
@@ -110,19 +110,3 @@ class _Group(dict[str, Any]):
         if key == "lr":
             raise ValueError("KFAC has no learning rate to schedule: the exact quadratic model sets the step's length")
         raise KeyError(key)
-
-
-def _likelihood(likelihood: str | Likelihood) -> Likelihood:
-    if not isinstance(likelihood, str):
-        missing = [name for name in ("loss", "sample", "fisher_product") if not hasattr(likelihood, name)]
-        if missing:
-            raise ValueError(f"likelihood {likelihood!r} lacks the methods {', '.join(missing)}")
-        return likelihood
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(map(repr, LIKELIHOODS))}")
-    return LIKELIHOODS[likelihood]
-
-
-def _new_generator(device: torch.device) -> torch.Generator:
-    seed = int(torch.empty((), dtype=torch.int64).random_().item())
-    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,47 @@
+"""The moving averages of the layers' moments (Section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfaclinalg import Diagonal, Factors, LayerFactors, Link, averaging_decay, moving_average, update_factors
+
+from .statistics import Held
+
+
+class Averages:
+    """A and G of each block by its name, and the links of a chain; a vector stands for a diagonal."""
+
+    def __init__(self, decay: float, blas: str) -> None:
+        self.decay, self.blas = decay, blas
+        self.moments: dict[str, LayerFactors] = {}
+        self.links: tuple[Link, ...] = ()
+        self.taken = 0  #: statistics
+
+    @property
+    def layers(self) -> dict[str, LayerFactors]:
+        return {
+            name: LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in layer))
+            for name, layer in self.moments.items()
+        }
+
+    def take(self, new: dict[str, LayerFactors | Held], links: tuple[Link, ...]) -> None:
+        """One statistic more, with the weight 1 - min(1 - 1/k, decay)."""
+        self.taken += 1
+        epsilon = averaging_decay(self.taken, maximum=self.decay)
+        for name, layer in new.items():  # one after the other: no second copy of all of them
+            old = Factors((self.moments[name],)) if name in self.moments else None
+            if isinstance(layer, Held):
+                average = update_factors(old, [layer.a], [layer.g], decay=epsilon, blas=self.blas)
+            else:
+                average = moving_average(old, Factors((layer,)), decay=epsilon)
+            self.moments[name] = average.layers[0]
+        if links:
+            old = Factors((), self.links) if self.links else None
+            self.links = moving_average(old, Factors((), links), decay=epsilon).links
+
+    def state(self) -> dict[str, Any]:
+        return {"moments": self.moments, "links": self.links, "taken": self.taken}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.moments, self.links, self.taken = state["moments"], state["links"], state["taken"]

@@ -1,0 +1,64 @@
+"""Convolutions, transposed ones too, as a block: the patches of the inputs are what a linear layer's inputs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import patches
+from .modules import LARGEST, Dense, Like
+from .patch_moments import patch_moment
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Dense):
+    """W (m, n) or, with groups, (groups, m, n), for patches a of the input in the place of a Linear's inputs."""
+
+    name: str
+    module: patches.Convolution
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def batched_ndim(self) -> int:  # type: ignore[override]
+        return 2 + len(self.module.kernel_size)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def matrix(self, like: Like) -> Tensor:
+        W = patches.matrix_of_weight(self.module, like(self.weight))
+        if self.bias is not None:
+            W = torch.cat([W, like(self.bias).reshape(*W.shape[:2], 1)], dim=2)
+        return self._ungrouped(W, 0)
+
+    def parts(self, like: Like, W: Tensor) -> list[tuple[Tensor, Tensor]]:
+        W = W[None] if W.ndim == 2 else W
+        n = W.shape[-1] - (self.bias is not None)
+        found = [(like(self.weight), patches.weight_of_matrix(self.module, W[..., :n]))]
+        return found if self.bias is None else [*found, (like(self.bias), W[..., -1].flatten())]
+
+    def inputs(self, x: Tensor, N: int) -> Tensor:
+        a = self._ungrouped(patches.patches(self.module, x, self.bias is not None), 2)
+        return a.reshape(N, -1, *a.shape[2:])
+
+    def outputs(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        s = self._ungrouped(patches.rows(self.module, g), 2)
+        return s.reshape(N, -1, *s.shape[2:])
+
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
+        bias, R = self.bias is not None, patches.positions(self.module, x)
+        if self.module.groups == 1 and self.weight[0].numel() + bias > LARGEST:
+            return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R
+        return self._ungrouped(patch_moment(self.module, x, bias), 0), len(x) * R
+
+    def pooled_inputs(self, x: Tensor, N: int) -> tuple[Tensor, int]:
+        R = patches.positions(self.module, x)
+        a = self._ungrouped(patches.mean_patches(self.module, x, self.bias is not None), 1)
+        return R * a.reshape(N, -1, *a.shape[1:]).sum(1), R * (len(x) // N)
+
+    def _ungrouped(self, x: Tensor, dim: int) -> Tensor:
+        return x.squeeze(dim) if self.module.groups == 1 else x

@@ -1,0 +1,142 @@
+"""One statistic: the second moments of all that is captured between two steps, as if it were one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from kfaclinalg import LayerFactors
+
+from .capture import Use
+from .modules import LARGEST, Block, Linear, Rows, second_moment
+
+
+class Sums(NamedTuple):
+    """Σ a aᵀ and of how many rows, Σ g gᵀ."""
+
+    A: Any
+    rows: int
+    G: Any
+
+
+class Held(NamedTuple):
+    """The rows themselves, A = E[a aᵀ] and G = E[g gᵀ] over them, where they take less room than A and G."""
+
+    a: Tensor
+    g: Tensor
+
+
+class Statistic:
+    """Sums over the examples of A and G for each of the blocks; `sharing` gives "expand" or "reduce" by their names.
+
+    The gradients of one `draw` of targets go together: where weights are shared, those of an example are parts of one.
+    `uses` are kept where more than A and G is made of them.
+    """
+
+    def __init__(self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool) -> None:
+        self._all, self.sharing, self.dtype, self.keep = blocks, sharing, dtype, keep
+        self.sums: dict[Block, Sums] = {}
+        self.uses: dict[tuple[int, int], list[tuple[Use, Tensor]]] = {}
+        self._rows: dict[Any, tuple[Use, Tensor]] = {}
+        self._pooled: dict[Any, tuple[Any, Any, int]] = {}
+        self._passes: dict[int, int] = {}
+
+    @property
+    def blocks(self) -> set[Block]:
+        """Those that have shown something."""
+        return self.sums.keys() | self._rows.keys() | {key[0] for key in self._pooled}
+
+    @property
+    def empty(self) -> bool:
+        return not self._passes
+
+    @property
+    def examples(self) -> int:
+        return sum(self._passes.values())
+
+    def add(self, use: Use, g: Tensor, draw: int = 0) -> None:
+        """One use of a block, and the gradient at its outputs for one draw of the targets."""
+        block: Any = use.block
+        N, (x, s) = use.examples(), use.pair(g, self.dtype)
+        self._passes[use.of.number] = use.of.examples
+        if self.keep:
+            self.uses.setdefault((use.of.number, draw), []).append((use, g))
+        if self.sharing[block.name] == "reduce" and isinstance(block, Rows):
+            self._pool((block, use.of.number, N, draw), block.pooled_inputs(x, N), block.outputs(x, s, N).sum(1))
+        elif block not in self.blocks and isinstance(block, Linear) and _are_small(x, s):
+            self._rows[block] = use, g
+        else:
+            self._fold(block)
+            A, rows = block.input_moment(x, N) if draw == 0 else (0.0, 0)
+            self._sum(block, A, rows, block.output_moment(x, s, N))
+
+    def moments(self, scale: float) -> dict[str, LayerFactors | Held]:
+        """A and G of each block by its name, over all processes; a moment that is a vector is a diagonal.
+
+        `scale` takes a captured gradient to that of one example's loss.
+        """
+        if several_processes():  # which must exchange the same blocks, whatever each has seen
+            for block in self._all:
+                self._fold(block)
+                none = [M.to(self.dtype) for M in block.empty_moments()]
+                self._sum(block, none[0], 0, none[1])
+        for (block, *_, draw), (a, g, positions) in self._pooled.items():
+            pooled, count = (block.pooled_moment(a / positions), len(a)) if draw == 0 else (0.0, 0)
+            self._sum(block, pooled, count, second_moment(g))
+        self._pooled = {}
+        blocks = sorted(self.sums, key=lambda block: block.name)
+        sums = [self.sums[block] for block in blocks]
+        moments, (N, *counts) = over_processes(
+            [sum.A for sum in sums] + [scale**2 * sum.G for sum in sums], [self.examples, *(sum.rows for sum in sums)]
+        )
+        A, G = moments[: len(sums)], moments[len(sums) :]
+        found: dict[str, LayerFactors | Held] = {
+            block.name: LayerFactors(a.to(self.dtype) / r, g.to(self.dtype) / N)
+            for block, a, r, g in zip(blocks, A, counts, G, strict=True)
+            if r
+        }
+        for block, (use, g) in self._rows.items():
+            x, s = use.pair(g, self.dtype)
+            a = block.inputs(x, use.examples()).flatten(0, 1)
+            found[block.name] = Held(a, s.reshape(len(a), -1) * (scale * (len(a) / self.examples) ** 0.5))
+        return found
+
+    def _fold(self, block: Block) -> None:
+        """Into the sums with the rows of a block, where any are held."""
+        if block in self._rows:
+            use, g = self._rows.pop(block)
+            N, (x, s) = use.examples(), use.pair(g, self.dtype)
+            self._sum(block, *block.input_moment(x, N), block.output_moment(x, s, N))
+
+    def _sum(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
+        old = self.sums.get(block)
+        self.sums[block] = Sums(A, rows, G) if old is None else Sums(old.A + A, old.rows + rows, old.G + G)
+
+    def _pool(self, key: Any, pooled: tuple[Tensor, int], g: Tensor) -> None:
+        a, positions = pooled
+        a_old, g_old, before = self._pooled.get(key, (0.0, 0.0, 0))
+        self._pooled[key] = (a_old + a, g_old + g, before + positions)
+
+
+def _are_small(x: Tensor, g: Tensor) -> bool:
+    n, m, rows = x.shape[-1], g.shape[-1], g.numel() // g.shape[-1]
+    return max(n, m) < LARGEST and rows * (n + m) < n * n + m * m
+
+
+def several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def over_processes(tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[int]]:
+    """The sums over all processes of torch.distributed; what came, where there is but one."""
+    if not several_processes():
+        return tensors, counts
+    flat = torch.cat([t.flatten() for t in tensors])
+    numbers = torch.tensor(counts, dtype=torch.float64, device=flat.device)
+    distributed.all_reduce(flat)
+    distributed.all_reduce(numbers)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], [int(n) for n in numbers.tolist()]
