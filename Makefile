@@ -14,6 +14,7 @@ EXTRAS_bench := bench
 unexport PYTHONPATH PYTHONHOME
 
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
+FIGURES += resnet_digits docstring_language_model
 
 .PHONY: help demo figures test lint docs bench clean
 .DEFAULT_GOAL := help

@@ -31,7 +31,7 @@ def _in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(f)
     def wrapped(self: KFACPreconditioner, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(self.generator.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._layers[0].parameters[0].device.type, enabled=False):
             return f(self, *args)
 
     return wrapped
