@@ -60,7 +60,7 @@ class KFACPreconditioner:
             refreshed in different steps of a period, so that none costs much more than another.
         weight_sharing: "expand" takes every position by itself, "reduce" the mean input and the summed gradient of an
             example (Eschenhagen et al. 2023); for single modules, a mapping of their names.
-        kl_clip, kl_lr: κ and lr: the update is multiplied by min(1, √(κ / Σ lr² |⟨V, U⟩|)), V and U being the
+        kl_clip, kl_lr: κ and lr: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U being the
             gradients before and after. None: it is not.
         structure: "block-diagonal" (Section 4.2), "eigen" (EKFAC) or, for linear layers that follow each other as they
             stand in the model, "block-tridiagonal" (Section 4.3).
