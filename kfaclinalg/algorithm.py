@@ -17,6 +17,7 @@ from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduc
 
 Matrices = tuple[Any, ...]  # one (m, n) array a layer
 NO_UPDATE = "the update is not finite"
+BLAS = "native"  # "auto" may round otherwise in the process where a run goes on
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
@@ -114,7 +115,7 @@ def kfac_step(
     refreshed = k % options.inverse_period == 0 or k <= 3
     inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)
-    candidates = {gamma: (inverse, tuple(-U for U in inverse @ gradient)) for gamma, inverse in inverses.items()}
+    candidates = {gamma: (P, tuple(-U for U in P.apply(gradient, blas=BLAS))) for gamma, P in inverses.items()}
     step = _best_step(partial(problem.curvature_gram, weights), dense, candidates, last, state.damping + eta)
 
     loss = float(h + _penalty(weights, eta))
@@ -148,11 +149,10 @@ def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) 
 
     γ >= √η is a guard beyond the paper, whose rule may follow the noise of τ2 < 1 down to where a step blows up.
     """
-    gammas = [state.gamma]
-    if k % options.gamma_period == 0:
-        gammas += [options.omega2 * state.gamma, state.gamma / options.omega2]
-    inverse, floor = STRUCTURES[options.structure], math.sqrt(options.weight_decay)
-    return {gamma: inverse(factors, gamma, norm=options.pi_norm) for gamma in (max(g, floor) for g in gammas)}
+    gamma, omega2 = state.gamma, options.omega2
+    gammas = [gamma, omega2 * gamma, gamma / omega2] if k % options.gamma_period == 0 else [gamma]
+    inverse = partial(STRUCTURES[options.structure], factors, norm=options.pi_norm, blas=BLAS)
+    return {gamma: inverse(gamma) for gamma in (max(g, math.sqrt(options.weight_decay)) for g in gammas)}
 
 
 def _best_step(

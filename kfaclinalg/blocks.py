@@ -9,6 +9,7 @@ from typing import Any
 
 from . import _array, _conversions, _linalg
 from ._value import leaves, value
+from .kronecker import Kronecker
 
 
 @value
@@ -32,9 +33,9 @@ class BlockDiagonal:
         if not isinstance(self.blocks, tuple) or not self.blocks:
             raise ValueError(f"blocks is {self.blocks!r}, expected a tuple of one operator or more")
 
-    def apply(self, Vs: Sequence[Any], /) -> tuple[Any, ...]:
-        """(block_1 @ V_1, ..., block_l @ V_l). The sum of the blocks' flops, here and below."""
-        return tuple(block @ V for block, V in self._pairs(Vs))
+    def apply(self, Vs: Sequence[Any], /, *, blas: str = "auto") -> tuple[Any, ...]:
+        """(block_1 @ V_1, ..., block_l @ V_l), `blas` as in `Kronecker.apply`. The sum of the blocks' flops."""
+        return tuple(_applied(block, V, blas) for block, V in self._pairs(Vs))
 
     __matmul__ = apply
 
@@ -101,8 +102,11 @@ class BlockTridiagonalInverse:
             counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
 
-    def apply(self, Vs: Sequence[Any], /) -> tuple[Any, ...]:
-        """F̂⁻¹ (V_1, ..., V_l). Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ."""
+    def apply(self, Vs: Sequence[Any], /, *, blas: str = "auto") -> tuple[Any, ...]:
+        """F̂⁻¹ (V_1, ..., V_l), `blas` as in `Kronecker.apply` for the last of Λ.
+
+        Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ.
+        """
         if len(Vs) != len(self.Lambda):
             raise ValueError(f"got {len(Vs)} matrices, expected {len(self.Lambda)}, one a layer")
         b = _array.resolve(Lambda=next(leaves(self.Lambda)))
@@ -112,7 +116,7 @@ class BlockTridiagonalInverse:
         # up-sweep: Ξ
         Us = [X - G @ above @ A.mT for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]
         # solve: Λ
-        Us = [block @ U for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]
+        Us = [_applied(block, U, blas) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]
         # down-sweep: Ξᵀ
         Ws = [U - G.mT @ below @ A for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
         return tuple(_array.narrowed(b, W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
@@ -136,6 +140,10 @@ class BlockTridiagonalInverse:
     def as_scipy(self) -> Any:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return _conversions.linear_operator(self, [block.shape for block in self.Lambda], self.apply)
+
+
+def _applied(block: Any, V: Any, blas: str) -> Any:
+    return block.apply(V, blas=blas) if isinstance(block, Kronecker) else block @ V
 
 
 def _assembled(blocks: dict[tuple[int, int], Any]) -> Any:

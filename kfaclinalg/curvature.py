@@ -36,11 +36,14 @@ def block_diagonal_inverse(
     return BlockDiagonal(tuple(Kronecker(*layer).inverse(blas=blas) for layer in damped))
 
 
-def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str = "trace") -> BlockTridiagonalInverse:
+def block_tridiagonal_inverse(
+    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", blas: str = "auto"
+) -> BlockTridiagonalInverse:
     """F̂⁻¹ = Ξᵀ Λ Ξ, for the F̂ that agrees with F̃ on the tridiagonal blocks and has a block-tridiagonal inverse (4.3).
 
     γ damps the factors of the layers, never the links, which come from the same samples. A layer that is not positive
-    definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops.
+    definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops. `blas` is as in
+    `Kronecker.apply`, for the last layer.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`; or there is not one link fewer than layers, or one of them
@@ -67,7 +70,7 @@ def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str =
         b = _array.resolve(K_A=K_A)
         weights = _linalg.reciprocal(b, 1 - s_G[..., :, None] * s_A[..., None, :])
         Lambda.append(KroneckerBasis(K_A, K_G, weights))
-    return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse()))
+    return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse(blas=blas)))
 
 
 def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagonal:

@@ -422,7 +422,7 @@ def test_to_namespace_refuses():
         Product(torch.eye(3, requires_grad=True), torch.eye(2)).to_namespace(np)
     with jax.enable_x64(False), pytest.raises(TypeError, match=r"jax\.numpy made float32 of float64"):
         product().to_namespace(jax.numpy)
-    with pytest.raises((RuntimeError, ValueError, BufferError, NotImplementedError)):
+    with pytest.raises(ValueError, match="device type meta"):  # an array without values
         product(TORCH).to_device("meta").to_namespace(np)
 
 

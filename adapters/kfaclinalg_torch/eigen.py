@@ -76,10 +76,7 @@ def squared_gradients(statistic: Statistic, block: Dense, K_A: Tensor, K_G: Tens
             slopes.append(block.outputs(x, s, N))
         if not rows:
             continue
-        a, g = (
-            torch.cat(rows, dim=1),
-            torch.cat(slopes, dim=1),
-        )  # an example's gradient is the sum over all its positions
+        a, g = torch.cat(rows, dim=1), torch.cat(slopes, dim=1)  # of all positions that an example's gradient sums
         if statistic.sharing[block.name] == "reduce":
             a, g = a.mean(1, keepdim=True), g.sum(1, keepdim=True)
         total = total + _summed_squares(_projected(a, K_A), _projected(g, K_G))

@@ -20,7 +20,7 @@ from kfaclinalg import (
     low_rank_inverse,
 )
 
-from .statistics import Statistic, several_processes
+from .statistics import Statistic
 
 Build = Callable[[LayerFactors, float], Any]
 LADDER = ((None, 1), (torch.float64, 1), *((torch.float64, 10**k) for k in range(1, 5)))  # dtype, times the damping
@@ -29,7 +29,6 @@ TOLERATED = 2  # failures in a row
 
 def factored(layer: LayerFactors, damping: float, norm: str, blas: str = "auto") -> Any:
     """(A + π γ I)⁻¹ ⊗ (G + γ/π I)⁻¹ with γ = √damping (Section 6.3)."""
-    blas = "native" if several_processes() else blas  # which could choose differently, and drift apart
     return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, blas=blas).blocks[0]
 
 
@@ -95,7 +94,7 @@ class Inverses:
         for name, V in Vs:
             K = self.inverses.get(name)
             if isinstance(K, Kronecker):
-                yield name, K.apply(V, blas="native" if several_processes() else self.blas)
+                yield name, K.apply(V, blas=self.blas)
             else:
                 yield name, V if K is None else K @ V
 

@@ -249,7 +249,7 @@ class KFACPreconditioner:
         return alone | packed(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, bitwise as if there had been no stop.
+        """Continue from a `state_dict` as if there had been no stop: bitwise, where `blas` chooses the same.
 
         Raises:
             ValueError: it belongs to a model with other layers, or to another structure.

@@ -80,7 +80,7 @@ def inverses_of(
     structure: str, exact_damping: bool, rank: int | None, norm: str, blas: str, layers: Sequence[Layer]
 ) -> Inverses:
     if structure == "block-tridiagonal":
-        return ChainInverse(norm, layers)
+        return ChainInverse(norm, blas, layers)
     if structure == "eigen":
         return EigenInverses(partial(exact, norm=norm), layers)
     if rank is not None:
