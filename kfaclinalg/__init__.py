@@ -7,7 +7,9 @@ Read in this order: `factors` (what is measured), `damping`, `kronecker` (one la
 from . import spd, testing
 from ._array import LinAlgError, assert_finite
 from .algorithm import KFACState, Problem, StepInfo, kfac_step
+from .averages import averaging_decay, moving_average, update_factors
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
+from .cholesky_inverse import CholeskyInverse
 from .curvature import (
     block_diagonal_inverse,
     block_tridiagonal_inverse,
@@ -15,16 +17,7 @@ from .curvature import (
     low_rank_inverse,
 )
 from .damping import factored_tikhonov, tikhonov_pi
-from .factors import (
-    Factors,
-    LayerFactors,
-    Link,
-    averaging_decay,
-    batch_factors,
-    homogeneous,
-    moving_average,
-    update_factors,
-)
+from .factors import Factors, LayerFactors, Link, batch_factors, homogeneous, second_moment
 from .kronecker import Kronecker, OuterProduct
 from .kronecker_basis import KroneckerBasis
 from .kronecker_pair import KroneckerPair
@@ -35,6 +28,7 @@ from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_ma
 __all__ = [
     "BlockDiagonal",
     "BlockTridiagonalInverse",
+    "CholeskyInverse",
     "Diagonal",
     "Factors",
     "KFACOptions",
@@ -67,6 +61,7 @@ __all__ = [
     "low_rank_plus_diagonal",
     "moving_average",
     "reduction_ratio",
+    "second_moment",
     "spd",
     "testing",
     "tikhonov_pi",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import matmul
 from time import perf_counter
 from typing import Any
 
@@ -48,6 +49,11 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
         return run(b, blas, host, native, *args)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
         return torch.from_numpy(host(*views))
+
+
+def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
+    """X Y, by the faster library."""
+    return run(b, blas, matmul, matmul, X, Y)
 
 
 def _views(args: Sequence[Any]) -> list[Any] | None:
@@ -110,7 +116,19 @@ def inverse(M: Any) -> Any:
 def solve(M: Any, X: Any) -> Any:
     """((M + Mᵀ)/2)⁻¹ X."""
     L = _cholesky(M)
-    return np.full_like(X, NAN) if L is None else _routine(lapack, L, "potrs")(L, X, lower=1)[0]
+    return np.full_like(X, NAN) if L is None else _substituted(L, X)
+
+
+def cholesky(M: Any) -> Any:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2."""
+    L = _cholesky(M, clean=1)
+    return np.full_like(M, NAN) if L is None else L
+
+
+def substituted(L: Any, X: Any) -> Any:
+    """(L Lᵀ)⁻¹ X."""
+    d = np.diagonal(L)
+    return _substituted(L, X) if np.isfinite(d).all() and d.all() else np.full_like(X, NAN)
 
 
 def moment(x: Any) -> Any:
@@ -130,14 +148,26 @@ def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
     return _routine(scipy_blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
 
 
-def _cholesky(M: Any) -> Any:
-    """Lower L in LAPACK's order, with anything above it; None where (M + Mᵀ)/2 is not definite."""
-    X, T = 0.5 * M, M.T  # halved first: the sum of two large entries may overflow
+def _cholesky(M: Any, clean: int = 0) -> Any:
+    """Lower L in LAPACK's order, None where (M + Mᵀ)/2 is not definite; unless `clean`, with anything above it."""
+    X = 0.5 * M  # halved first: the sum of two large entries may overflow
     for i in range(0, len(M), BLOCK):
-        j, columns = i + BLOCK, slice(i, i + BLOCK)
-        X[:j, columns] += 0.5 * T[:j, columns]
-    L, info = _routine(lapack, M, "potrf")(X.T, lower=1, clean=0, overwrite_a=1)
+        columns = slice(i, i + BLOCK)
+        X[:i, columns] += X[columns, :i].T
+        X[columns, columns] += X[columns, columns].T.copy()
+    L, info = _routine(lapack, M, "potrf")(X.T, lower=1, clean=clean, overwrite_a=1)
     return L if info == 0 and math.isfinite(L.trace()) else None
+
+
+def _substituted(L: Any, X: Any) -> Any:
+    """(L Lᵀ)⁻¹ X, from the side on which neither L nor X is copied into another order."""
+    C, lower = (L, 1) if L.flags.f_contiguous else (L.T, 0)
+    if X.flags.f_contiguous or not X.flags.c_contiguous:
+        return _routine(lapack, L, "potrs")(C, X, lower=lower)[0]
+    Y = X.copy().T
+    for trans in (lower, 1 - lower):
+        Y = _routine(scipy_blas, L, "trsm")(1.0, C, Y, side=1, lower=lower, trans_a=trans, overwrite_b=1)
+    return Y.T
 
 
 def _mirrored(X: Any) -> Any:

@@ -67,7 +67,8 @@ def _solve_triangular(b: Backend, L: Any, X: Any, trans: str) -> Any:
     if b.kind == "numpy":
         if L.ndim == X.ndim == 2 and X.size:
             return _lapack(b, "trtrs")(L, X, lower=True, trans=trans == "T")[0]
-        return np.linalg.solve(L.mT if trans == "T" else L, X)
+        low = np.tril(L)
+        return np.linalg.solve(low.mT if trans == "T" else low, X)
     if b.kind == "torch":
         import torch
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from . import _array, _host, _linalg
@@ -21,6 +22,12 @@ def updated(b: _array.Backend, blas: str, decay: float, C: Any, x: Any) -> Any:
 def cross(x: Any, y: Any) -> Any:
     """xᵀy / N."""
     return (x.mT @ y) / x.shape[-2]
+
+
+def links(inputs: Sequence[Any], output_gradients: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Those of neighbouring layers: of their inputs, of their output gradients."""
+    for a, g in zip(pairwise(inputs), pairwise(output_gradients), strict=True):
+        yield cross(*a), cross(*g)
 
 
 def check_batch(inputs: Sequence[Any], output_gradients: Sequence[Any]) -> _array.Backend:

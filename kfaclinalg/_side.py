@@ -1,6 +1,6 @@
-"""One side of a Kronecker product: a dense array (..., n, n), a `Diagonal` or a `LowRankPlusDiagonal`.
+"""One side of a Kronecker product: a dense array (..., n, n), a `Diagonal`, `LowRankPlusDiagonal` or `CholeskyInverse`.
 
-All three are symmetric but the dense one, which `@` uses as given. M.shape[-1] is n for each.
+All are symmetric but the dense one, which `@` uses as given. M.shape[-1] is n for each.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from typing import Any
 
 from . import _array, _host, _linalg, spd
 from ._value import leaves
+from .cholesky_inverse import CholeskyInverse
 from .low_rank import Diagonal, LowRankPlusDiagonal
 
-STRUCTURED = (Diagonal, LowRankPlusDiagonal)
+STRUCTURED = (Diagonal, LowRankPlusDiagonal, CholeskyInverse)
+INVERSES = ("explicit", "cholesky")
 
 
 def resolve(**sides: Any) -> _array.Backend:
@@ -31,24 +33,23 @@ def batches(**sides: Any) -> dict[str, tuple[int, ...]]:
     return {name: M.batch_shape if isinstance(M, STRUCTURED) else M.shape[:-2] for name, M in sides.items()}
 
 
-def apply_right(X: Any, M: Any) -> Any:
-    """X Mᵀ for X (..., m, n)."""
-    return (M @ X.mT).mT if isinstance(M, STRUCTURED) else X @ M.mT
+def apply_left(b: _array.Backend, blas: str, M: Any, X: Any) -> Any:
+    """M X for X (..., n, r)."""
+    if isinstance(M, CholeskyInverse):
+        return M.apply(X, blas=blas)
+    return M @ X if isinstance(M, STRUCTURED) else _host.product(b, blas, M, X)
 
 
-def sandwich(B: Any, X: Any, A: Any) -> Any:
-    """B X Aᵀ for X (..., m, n)."""
-    return apply_right(B @ X, A)
+def apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
+    """X Mᵀ for X (..., r, n)."""
+    return apply_left(b, blas, M, X.mT).mT if isinstance(M, STRUCTURED) else _host.product(b, blas, X, M.mT)
 
 
-def outer(B: Any, L: Any, A: Any, R: Any) -> Any:
-    """(B L)(A R)ᵀ for L (..., m, r) and R (..., n, r)."""
-    return (B @ L) @ (A @ R).mT
-
-
-def inverse(M: Any, blas: str) -> Any:
+def inverse(M: Any, method: str, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
-    return M.inverse() if isinstance(M, STRUCTURED) else spd.inverse(M, blas=blas)
+    if isinstance(M, STRUCTURED):
+        return M.inverse()
+    return CholeskyInverse(spd.cholesky(M, blas=blas)) if method == "cholesky" else spd.inverse(M, blas=blas)
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:
@@ -88,4 +89,4 @@ def shifted(b: _array.Backend, M: Any, shift: Any) -> Any:
         return Diagonal(M.d + shift[..., None])
     if isinstance(M, LowRankPlusDiagonal):
         return LowRankPlusDiagonal(M.U, M.s, M.d + shift[..., None])
-    return _array.add_to_diagonal(b, M, shift)
+    return _array.add_to_diagonal(b, dense(M), shift)

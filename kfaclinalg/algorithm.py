@@ -9,8 +9,9 @@ from operator import add, mul
 from typing import Any, NamedTuple, Protocol
 
 from . import _array
+from .averages import averaging_decay, moving_average
 from .curvature import STRUCTURES
-from .factors import Factors, averaging_decay, moving_average
+from .factors import Factors
 from .kronecker import OuterProduct
 from .options import KFACOptions
 from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
@@ -110,8 +111,7 @@ def kfac_step(
         # η W is of full rank: to precondition it by itself would cost as much as the whole, so nothing stays factored.
         gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
     statistics = problem.factors(weights, options.structure == "block-tridiagonal")
-    decay = averaging_decay(k, maximum=options.averaging_maximum)
-    factors = moving_average(state.factors, statistics, decay=decay)
+    factors = moving_average(state.factors, statistics, decay=averaging_decay(k, maximum=options.averaging_maximum))
     refreshed = k % options.inverse_period == 0 or k <= 3
     inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)

@@ -16,12 +16,12 @@ from .low_rank import LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 
 
 def block_diagonal_inverse(
-    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", blas: str = "auto"
+    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", method: str = "explicit", blas: str = "auto"
 ) -> BlockDiagonal:
     """F̆⁻¹ with the blocks (A_i + π_i γ I)⁻¹ ⊗ (G_i + γ/π_i I)⁻¹ (Sections 4.2 and 6.3). Links are not used.
 
     About Σ n_i³ + m_i³ flops. A layer whose damped factors are not positive definite becomes NaN, the others do not.
-    `blas` is as in `Kronecker.apply`.
+    `method` is as in `Kronecker.inverse`, `blas` as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`, or no layers.
@@ -33,7 +33,7 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     damped = (factored_tikhonov(layer, gamma, norm=norm) for layer in factors.layers)
-    return BlockDiagonal(tuple(Kronecker(*layer).inverse(blas=blas) for layer in damped))
+    return BlockDiagonal(tuple(Kronecker(*layer).inverse(method=method, blas=blas) for layer in damped))
 
 
 def block_tridiagonal_inverse(

@@ -31,6 +31,21 @@ def inverse(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     return _host.run(b, blas, _host.inverse, partial(_inverse, b), M)
 
 
+def cholesky(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
+    """Lower triangular L (..., n, n) with L Lᵀ = M. n³/3 flops. `blas` is as in `inverse`.
+
+    Raises:
+        TypeError, ValueError: M is not a square float32 or float64 array; an unknown `blas`.
+
+    >>> import numpy as np
+    >>> cholesky(np.asarray([[4.0, 2.0], [2.0, 2.0]]))
+    array([[2., 0.],
+           [1., 1.]])
+    """
+    b = _matrix(M)
+    return _host.run(b, blas, _host.cholesky, partial(_cholesky, b), M)
+
+
 def solve(M: ArrayT, X: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     """M⁻¹ X for X (..., n, k), or (n,), by Cholesky and two substitutions: backward stable. n³/3 + 2 n² k flops.
 
@@ -83,7 +98,7 @@ def logdet(M: ArrayT, /) -> ArrayT:
     0.0
     """
     b = _matrix(M)
-    diagonal = b.xp.linalg.diagonal(_linalg.cholesky(b, _linalg.symmetrised(M)))
+    diagonal = b.xp.linalg.diagonal(_cholesky(b, M))
     return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
 
 
@@ -159,12 +174,16 @@ def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, t
     return float(tolerance)
 
 
+def _cholesky(b: Any, M: Any) -> Any:
+    return _linalg.cholesky(b, _linalg.symmetrised(M))
+
+
 def _inverse(b: Any, M: Any) -> Any:
-    return _linalg.cholesky_inverse(b, _linalg.cholesky(b, _linalg.symmetrised(M)))
+    return _linalg.cholesky_inverse(b, _cholesky(b, M))
 
 
 def _solve(b: Any, M: Any, X: Any) -> Any:
-    L = _linalg.cholesky(b, _linalg.symmetrised(M))
+    L = _cholesky(b, M)
     return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
 
 

@@ -11,6 +11,7 @@ from matrices import Sample, judge
 
 from kfaclinalg import (
     BlockDiagonal,
+    CholeskyInverse,
     Diagonal,
     Factors,
     Kronecker,
@@ -72,6 +73,7 @@ OPERATORS = {
     "KroneckerPair": lambda of: KroneckerPair(
         of.eye(of.n, 2 * of.p), of.eye(of.m, 2 * of.q), of.eye(of.n, 4 * of.q), of.eye(of.m, 0.5 * of.p)
     ),
+    "CholeskyInverse": lambda of: CholeskyInverse(of.eye(of.n, (6 * of.p * of.q) ** -0.5)),
     "Diagonal": lambda of: Diagonal(of.full(6 * of.p * of.q, of.n)),
     "LowRankPlusDiagonal": lambda of: LowRankPlusDiagonal(
         of.eye(of.n, of.p), of.full(2 * of.q / of.p, of.n), of.full(4 * of.p * of.q, of.n)
@@ -105,7 +107,7 @@ def applicable(M):
 def operand(of: Make, M):
     """Ones for M to act on, a tuple of them or not, and the dimension of their space."""
     blocks = getattr(M, "blocks", None) or getattr(M, "Lambda", ())
-    if isinstance(M, Diagonal | LowRankPlusDiagonal):
+    if isinstance(M, CholeskyInverse | Diagonal | LowRankPlusDiagonal):
         return of.full(1.0, of.n, 2), of.n
     X = of.full(1.0, of.m, of.n)
     return ((X,) * len(blocks), len(blocks) * of.m * of.n) if blocks else (X, of.m * of.n)

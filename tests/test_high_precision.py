@@ -10,6 +10,7 @@ from matrices import judge
 
 from kfaclinalg import (
     BlockDiagonal,
+    CholeskyInverse,
     Diagonal,
     Factors,
     Kronecker,
@@ -174,6 +175,10 @@ def test_low_rank_plus_diagonal(b, condition):
         V = b.array(X)
         check(b, "LowRank", dense, X, solve=M.solve(V), inverse_=M.inverse() @ V, logdet_=M.logdet(), kappa=kappa)
         check(b, "LowRank sherman-morrison", dense, X, inverse_=M.inverse("sherman-morrison") @ V, kappa=kappa)
+        L = np.tril(U @ U.T) + np.diag(1 + d)
+        C = CholeskyInverse(b.array(L))
+        dense = inverse(mp(L) @ mp(L).T)
+        check(b, "CholeskyInverse", dense, X, solve=C.solve(V), inverse_=C.inverse() @ V, logdet_=C.logdet())
         D = Diagonal(b.array(d))
         check(b, "Diagonal", np.diag(mp(d)), X, solve=D.solve(V), inverse_=D.inverse() @ V, logdet_=D.logdet())
 

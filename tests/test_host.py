@@ -11,6 +11,7 @@ from test_spd import check_inverse, check_solve
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kfaclinalg import (
+    CholeskyInverse,
     Diagonal,
     Factors,
     Kronecker,
@@ -19,6 +20,7 @@ from kfaclinalg import (
     _host,
     batch_factors,
     block_diagonal_inverse,
+    second_moment,
     spd,
     testing,
     update_factors,
@@ -39,12 +41,19 @@ def flat(factors):
 # By name, a function of A (n, n), G (m, m), V (m, n), `blas`; and how many routines of the host it takes.
 CALLS = {
     "spd.inverse": (lambda A, G, V, blas: spd.inverse(A, blas=blas), 1),
+    "spd.cholesky": (lambda A, G, V, blas: spd.cholesky(A, blas=blas), 1),
+    "CholeskyInverse.apply": (lambda A, G, V, blas: CholeskyInverse(A).apply(V.mT, blas=blas), 1),
     "spd.solve": (lambda A, G, V, blas: spd.solve(A, V.mT, blas=blas), 1),
     "spd.solve of a vector": (lambda A, G, V, blas: spd.solve(A, V[0, :], blas=blas), 1),
-    "Kronecker.apply": (lambda A, G, V, blas: Kronecker(A, G).apply(V, blas=blas), 1),
-    "Kronecker.apply, outer": (lambda A, G, V, blas: Kronecker(A, G).apply(OuterProduct(G, V.mT), blas=blas), 1),
+    "Kronecker.apply": (lambda A, G, V, blas: Kronecker(A, G).apply(V, blas=blas), 2),
+    "Kronecker.apply, outer": (lambda A, G, V, blas: Kronecker(A, G).apply(OuterProduct(G, V.mT), blas=blas), 3),
     "Kronecker.inverse": (lambda A, G, V, blas: tuple(leaves(Kronecker(A, G).inverse(blas=blas))), 2),
     "Kronecker.solve": (lambda A, G, V, blas: Kronecker(A, G).solve(V, blas=blas), 2),
+    "Kronecker.inverse cholesky": (
+        lambda A, G, V, blas: Kronecker(A, G).inverse(method="cholesky", blas=blas).apply(V, blas=blas),
+        4,
+    ),
+    "second_moment": (lambda A, G, V, blas: second_moment(V, blas=blas), 1),
     "batch_factors": (lambda A, G, V, blas: flat(batch_factors([V], [G], blas=blas)), 2),
     "update_factors": (lambda A, G, V, blas: flat(update_factors(average(A, G), [V], [G], decay=0.5, blas=blas)), 2),
     "block_diagonal_inverse": (
@@ -52,7 +61,7 @@ CALLS = {
         2,
     ),
 }
-PRODUCTS = ("Kronecker.apply", "Kronecker.apply, outer", "batch_factors", "update_factors")
+PRODUCTS = ("Kronecker.apply", "Kronecker.apply, outer", "second_moment", "batch_factors", "update_factors")
 calls = pytest.mark.parametrize(("f", "count"), CALLS.values(), ids=CALLS)
 
 
@@ -230,11 +239,11 @@ def test_nothing_else_is_taken(taken):
     assert spd.solve(torch.eye(3), torch.ones(3, 0)).shape == (3, 0)
     assert (Kronecker(empty, torch.eye(2)) @ torch.ones(2, 0)).shape == (2, 0)
     assert batch_factors([torch.ones(2, 0)], [torch.ones(2, 0)]).layers[0].A.shape == (0, 0)
-    assert (Kronecker(Diagonal(torch.ones(3)), torch.eye(2)) @ torch.ones(2, 3)).shape == (2, 3)
+    assert (Kronecker(Diagonal(torch.ones(3)), Diagonal(torch.ones(2))) @ torch.ones(2, 3)).shape == (2, 3)
     assert not taken
     half = Kronecker(torch.eye(3), torch.eye(2)) @ torch.ones(2, 3, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert len(taken) == 1
+    assert len(taken) == 2
 
 
 def broken(kind, dtype):
@@ -285,7 +294,7 @@ def test_products_with_nan_and_infinity_are_those_of_torch(b, taken):
         auto, native = f("auto"), f("native")
         for x, y in zip(*(torch.utils._pytree.tree_leaves(r) for r in (auto, native)), strict=True):
             torch.testing.assert_close(x, y, equal_nan=True)
-    assert len(taken) == 3
+    assert len(taken) == 4
 
 
 @both_dtypes
@@ -344,7 +353,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 12  # inverse, solve, two products, moment and update
+    assert len(_host._pays) == 14  # inverse, factor, solve, substitution, product, moment and update
 
 
 A2 = np.eye(2)

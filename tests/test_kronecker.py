@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
 
-from kfaclinalg import BlockTridiagonalInverse, Diagonal, Kronecker, KroneckerPair, LowRankPlusDiagonal, testing
+from kfaclinalg import (
+    BlockTridiagonalInverse,
+    CholeskyInverse,
+    Diagonal,
+    Kronecker,
+    KroneckerPair,
+    LowRankPlusDiagonal,
+    testing,
+)
 
 
 class Side(NamedTuple):
@@ -37,8 +45,17 @@ def low_rank_side(b: Backend, sample: Sample) -> Side:
     return Side(LowRankPlusDiagonal(*map(b.array, (U, s, d))), M, np.linalg.norm(M, 2) / min(d))
 
 
-KINDS = {"dense": dense_side, "diagonal": diagonal_side, "low-rank": low_rank_side}
-PAIRS = [("dense", "dense"), ("diagonal", "low-rank"), ("low-rank", "diagonal")]  # each kind on each side
+def cholesky_side(b: Backend, sample: Sample) -> Side:
+    L = np.linalg.cholesky(sample.spd(b)).astype(b.dtype).astype(np.float64)
+    with mpmath.workdps(40):
+        K = mpmath.inverse(mpmath.matrix(L.tolist()))
+        M = np.asarray((K.T * K).tolist(), dtype=np.float64)
+    return Side(CholeskyInverse(b.array(L)), M, np.linalg.cond(M))
+
+
+KINDS = {"dense": dense_side, "diagonal": diagonal_side, "low-rank": low_rank_side, "cholesky": cholesky_side}
+# each kind on each side
+PAIRS = [("dense", "dense"), ("diagonal", "low-rank"), ("low-rank", "diagonal"), ("cholesky", "cholesky")]
 every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" ⊗ ".join)
 
 
@@ -169,7 +186,9 @@ def test_apply_outer(b, kinds):
     rng = np.random.default_rng(0)
     L, R = rng.standard_normal((3, 2)), rng.standard_normal((4, 2))
     U = b.numpy(Kronecker(*case.factors).apply_outer(b.array(L), b.array(R)))
-    np.testing.assert_allclose(U, case.B @ L @ R.T @ case.A.T, atol=100 * b.eps)
+    scale = np.prod([np.linalg.norm(X) for X in (case.B, L, R, case.A)])
+    error = np.linalg.norm(U - case.B @ L @ R.T @ case.A.T) / scale
+    judge(b, "Kronecker.apply_outer", error, testing.solve_bound(sum(case.shape), b.eps))
 
 
 @every_backend

@@ -21,7 +21,7 @@ CONTRACT = {
     *("KFACState", "StepInfo", "kfac_step", "assert_finite", "LinAlgError", "spd", "testing"),
 }
 CORE = [getattr(kfaclinalg, name) for name in kfaclinalg.__all__ if name not in ("spd", "testing")]
-CORE += [spd.inverse, spd.solve, spd.inverse_root, spd.logdet, spd.newton_schulz_inverse]
+CORE += [spd.inverse, spd.cholesky, spd.solve, spd.inverse_root, spd.logdet, spd.newton_schulz_inverse]
 MLP = [getattr(kfaclinalg_mlp, name) for name in kfaclinalg_mlp.__all__]
 named = pytest.mark.parametrize(
     "thing", [*CORE, *MLP, kfaclinalg_torch.KFAC, kfaclinalg_torch.KFACPreconditioner], ids=lambda thing: thing.__name__

@@ -12,6 +12,7 @@ from backends import JAX, NUMPY, TORCH, eager_backends
 
 from kfaclinalg import (
     BlockDiagonal,
+    CholeskyInverse,
     Diagonal,
     Factors,
     Kronecker,
@@ -65,6 +66,7 @@ V, X, shift = normal(M, N), normal(N, 3), rounded(0.5 + np.arange(MEMBERS) / 7)
 K = Kronecker(A, B)
 BASIS = KroneckerBasis(np.eye(N) + normal(N, N) / 8, np.eye(M) + normal(M, M) / 8, 1 + V * V)
 PAIR = KroneckerPair(A, B, -C, D)
+CHOLESKY = CholeskyInverse(np.linalg.cholesky(A))
 DIAGONAL = Diagonal(1 + normal(N) ** 2)
 LOW = LowRankPlusDiagonal(normal(N, 2), rounded(np.array([[1.0, -0.1]] * MEMBERS)), 2 + normal(N) ** 2)
 STRUCTURED = Kronecker(LOW, Diagonal(1 + normal(M) ** 2))
@@ -90,6 +92,7 @@ def symmetric(F):
 # Every one of these is NaN for a member of which all arrays change their sign,
 DEFINITE = {
     "spd.inverse": (spd.inverse, A),
+    "spd.cholesky": (spd.cholesky, A),
     "spd.solve": (spd.solve, A, X),
     "spd.inverse_root": (lambda A: spd.inverse_root(A, 2), A),
     "spd.logdet": (spd.logdet, A),
@@ -100,6 +103,7 @@ DEFINITE = {
         np.linalg.inv(A + C),
     ),
     "Kronecker.inverse, solve, logdet": (solved, K, V),
+    "Kronecker.inverse, cholesky": (lambda P, V: P.inverse(method="cholesky") @ V, K, V),
     "Kronecker.inverse_root": (lambda P: P.inverse_root(4), K),
     "Kronecker.shifted_inverse": (lambda P, shift, V: P.shifted_inverse(shift) @ V, K, shift, V),
     "Kronecker of structured factors": (solved, STRUCTURED, V),
@@ -128,6 +132,9 @@ PLAIN = {
     "KroneckerBasis.trace, diagonal, to_dense": (known, BASIS),
     "KroneckerPair @": (lambda P, V: P @ V, PAIR, V),
     "KroneckerPair.trace, diagonal, to_dense": (known, PAIR),
+    "CholeskyInverse @, solve": (lambda P, X: (P @ X, P.solve(X)), CHOLESKY, X),
+    "CholeskyInverse.inverse, logdet": (lambda P: (P.inverse(), P.logdet()), CHOLESKY),
+    "CholeskyInverse.trace, diagonal, to_dense": (known, CHOLESKY),
     "Diagonal @": (lambda P, X: P @ X, DIAGONAL, X),
     "Diagonal.trace, diagonal, to_dense": (known, DIAGONAL),
     "LowRankPlusDiagonal @": (lambda P, X: P @ X, LOW, X),

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfaclinalg import (
     BlockDiagonal,
     BlockTridiagonalInverse,
+    CholeskyInverse,
     Diagonal,
     Factors,
     KFACState,
@@ -25,7 +26,7 @@ KINDS = {
     for kind in (
         *(KFACState, Factors, LayerFactors, Link),
         *(BlockDiagonal, BlockTridiagonalInverse, Kronecker, KroneckerBasis),
-        *(Diagonal, LowRankPlusDiagonal),
+        *(CholeskyInverse, Diagonal, LowRankPlusDiagonal),
     )
 }
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kfaclinalg import (
+    CholeskyInverse,
     Diagonal,
     Factors,
     Kronecker,
@@ -27,9 +28,9 @@ LADDER = ((None, 1), (torch.float64, 1), *((torch.float64, 10**k) for k in range
 TOLERATED = 2  # failures in a row
 
 
-def factored(layer: LayerFactors, damping: float, norm: str, blas: str = "auto") -> Any:
+def factored(layer: LayerFactors, damping: float, norm: str, blas: str = "auto", method: str = "explicit") -> Any:
     """(A + π γ I)⁻¹ ⊗ (G + γ/π I)⁻¹ with γ = √damping (Section 6.3)."""
-    return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, blas=blas).blocks[0]
+    return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, method=method, blas=blas).blocks[0]
 
 
 def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
@@ -131,7 +132,11 @@ def cast(layer: LayerFactors, dtype: torch.dtype) -> LayerFactors:
 
 def _is_finite(inverse: Any) -> bool:
     """Where a factorisation failed the whole member is NaN, so that a few numbers of it tell."""
-    numbers = inverse.weights if isinstance(inverse, KroneckerBasis) else inverse.trace()
+    if isinstance(inverse, KroneckerBasis):
+        numbers = inverse.weights
+    else:
+        substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
+        numbers = inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
     return bool(torch.isfinite(numbers).all())
 
 

@@ -22,7 +22,7 @@ def outer_gradient(block: Linear, uses: Sequence[tuple[Use, Tensor]], seed: int)
     """
     dtype = uses[0][1].dtype
     pairs = [use.pair(g, dtype) for use, g in uses]
-    a, g = torch.cat([block.inputs(x, len(x))[:, 0] for x, _ in pairs]), torch.cat([g for _, g in pairs])
+    a, g = _joined([block.inputs(x, len(x))[:, 0] for x, _ in pairs]), _joined([g for _, g in pairs])
     if not OuterProduct.pays((g.shape[1], a.shape[1]), len(a)):
         return None
     r = torch.randint(2, (a.shape[1],), generator=torch.Generator().manual_seed(seed)).to(dtype) * 2 - 1
@@ -32,3 +32,7 @@ def outer_gradient(block: Linear, uses: Sequence[tuple[Use, Tensor]], seed: int)
     lengths = torch.linalg.vecdot(a, a) @ torch.linalg.vecdot(g, g)
     rounding = torch.finfo(dtype).eps * ((len(a) + a.shape[1]) * lengths).sqrt()
     return OuterProduct(g.mT, a.mT) if bool(torch.linalg.vector_norm(excess) <= rounding) else None
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))

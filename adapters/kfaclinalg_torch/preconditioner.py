@@ -145,7 +145,7 @@ class KFACPreconditioner:
         self.rejected = 0  #: statistics that held a NaN or an infinity
         self.generator = generator or new_generator(known.layers[0].parameters[0].device)
         self._averages = Averages(decay, blas)
-        self._inverses = inverses_of(structure, exact_damping, rank, pi_norm, blas, known.layers)
+        self._inverses = inverses_of(structure, exact_damping, rank, pi_norm, blas, inverse_period, known.layers)
         self._steps = 0
         self._estimating = False
         self._begin()
@@ -278,7 +278,9 @@ class KFACPreconditioner:
     def _begin(self) -> None:
         """A new statistic, if this step takes one."""
         self._due = self._steps % at(self._steps, "statistics_period", self.statistics_period) == 0
-        self._statistic = Statistic(self._blocks, self._sharing, self.factor_dtype, self._inverses.keeps_uses)
+        self._statistic = Statistic(
+            self._blocks, self._sharing, self.factor_dtype, self._averages.blas, self._inverses.keeps_uses
+        )
         self._training: dict[Block, list[tuple[Use, Tensor]]] = {}
 
     def _keeps(self, use: Use) -> bool:
@@ -315,7 +317,8 @@ class KFACPreconditioner:
         new, links = statistic.moments(scale), self._inverses.links(statistic, scale)
         checked = [M for found in new.values() for M in found]
         checked += [p.grad for layer in self._layers for p in layer.parameters if p.grad is not None]
-        if not bool(torch.isfinite(torch.stack([x.sum(dtype=torch.float64) for x in checked])).all()):
+        extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
+        if not bool(torch.isfinite(torch.stack(extremes)).all()):
             self.rejected += 1
             return False
         self._averages.take(new, links)

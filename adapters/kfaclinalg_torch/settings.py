@@ -77,7 +77,13 @@ def sharing_of(weight_sharing: str | Mapping[str, str], layers: Sequence[Layer])
 
 
 def inverses_of(
-    structure: str, exact_damping: bool, rank: int | None, norm: str, blas: str, layers: Sequence[Layer]
+    structure: str,
+    exact_damping: bool,
+    rank: int | None,
+    norm: str,
+    blas: str,
+    period: Period,
+    layers: Sequence[Layer],
 ) -> Inverses:
     if structure == "block-tridiagonal":
         return ChainInverse(norm, blas, layers)
@@ -87,4 +93,5 @@ def inverses_of(
         return Inverses(partial(low_rank, norm=norm, rank=rank), blas)
     if exact_damping:
         return Inverses(partial(exact, norm=norm), blas)
-    return Inverses(partial(factored, norm=norm, blas=blas), blas)
+    method = "cholesky" if period == 1 else "explicit"  # what is applied once is not worth an inverse
+    return Inverses(partial(factored, norm=norm, blas=blas, method=method), blas)

@@ -1072,7 +1072,7 @@ class Failing:
         if layer.A.shape[-1] != self.width:
             return inverse
         self.tried.append((layer.A.dtype, damping))
-        return Kronecker(math.nan * inverse.A, math.nan * inverse.B) if self.fails else inverse
+        return torch.utils._pytree.tree_map(lambda x: math.nan * x, inverse) if self.fails else inverse
 
 
 def failing(model, width=6, **options):
