@@ -57,7 +57,8 @@ class KFACPreconditioner:
         damping: λ. Factored Tikhonov damping takes γ = √λ (Section 6.3); a number, or a function of the step.
         decay: the bound of ε in the averages, ε = min(1 - 1/k, decay) (Section 5).
         statistics_period, inverse_period: in steps, numbers or functions of the step. The layers' inverses are
-            refreshed in different steps of a period, so that none costs much more than another.
+            refreshed in different steps of a period, so that none costs much more than another. With an inverse period
+            of 1 substitution takes the place of explicit inverses.
         weight_sharing: "expand" takes every position by itself, "reduce" the mean input and the summed gradient of an
             example (Eschenhagen et al. 2023); for single modules, a mapping of their names.
         kl_clip, kl_lr: κ and lr: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U being the

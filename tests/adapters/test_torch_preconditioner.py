@@ -19,7 +19,15 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from kfaclinalg import Diagonal, Factors, Kronecker, LayerFactors, LinAlgError, block_diagonal_inverse
+from kfaclinalg import (
+    CholeskyInverse,
+    Diagonal,
+    Factors,
+    Kronecker,
+    LayerFactors,
+    LinAlgError,
+    block_diagonal_inverse,
+)
 from kfaclinalg_torch import Categorical, Gaussian, KFACPreconditioner
 from kfaclinalg_torch.inverses import Factored, Inverses, exact, factored
 
@@ -177,6 +185,19 @@ def test_inverses_are_refreshed_on_their_own_period_one_layer_a_step():
 def test_every_inverse_is_refreshed_at_every_step_where_the_period_is_one():
     model = network(4, 6, 5, 3)
     assert changes(preconditioned(model, inverse_period=1), model, 4) == [{"0", "2", "4"}] * 4
+
+
+def test_where_the_period_is_one_substitution_takes_the_place_of_inverses():
+    """A function of the step may say otherwise in the next, so that it keeps to inverses."""
+    x, y = batch()
+    for often, kind in ((1, CholeskyInverse), (lambda step: 1, torch.Tensor)):
+        model = network(4, 6, 5, 3)
+        preconditioner = preconditioned(model, inverse_period=often)
+        found = [one_step(model, preconditioner, x, y) for _ in range(2)]
+        assert all(isinstance(M, kind) for K in preconditioner._inverses.inverses.values() for M in (K.A, K.B))
+        if kind is CholeskyInverse:
+            expected = found
+    assert_near(found, expected)
 
 
 def test_the_inverse_period_may_follow_the_iterations():
@@ -759,6 +780,7 @@ def test_the_captured_batch_normalisation_is_that_of_the_forward_pass():
 
 STRUCTURES = {
     "block-diagonal": {},
+    "substitution": {"inverse_period": 1},
     "exactly damped": {"exact_damping": True},
     "low rank": {"rank": 2},
     "reduce": {"weight_sharing": "reduce"},
@@ -772,7 +794,7 @@ class Run:
     def __init__(self, structure, estimator, optimizer, seed=0):
         chain = structure == "block-tridiagonal"
         self.model, self.batch = (network(4, 6, 5, 3), batch) if chain else (Mixed(), mixed_batch)
-        options = STRUCTURES[structure] | {"statistics_period": 2, "inverse_period": 3, "kl_clip": 0.1, "damping": 0.1}
+        options = {"statistics_period": 2, "inverse_period": 3, "kl_clip": 0.1, "damping": 0.1} | STRUCTURES[structure]
         self.preconditioner = preconditioned(self.model, estimator, seed=seed, **options)
         self.optimizer = optimizer(self.model.parameters())
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 4, gamma=0.5)
