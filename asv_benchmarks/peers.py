@@ -13,7 +13,7 @@ Then here, under the same OPENBLAS_CORETYPE, if any:
     python asv_benchmarks/peers.py path/to/results
 
 writes peers.json, its rows {"job", "size", "name", "ratio", "seconds", "memory"} (MiB over those of SGD), and the
-tables and the picture of the documentation. A benchmark that was not run leaves its rows out.
+tables and the picture of the documentation. What was not run, or failed, has no row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from typing import Any
 HERE = Path(__file__).parent
 OUTPUT = HERE.parent / "docs/_static/performance/peers.md"
 OURS = "kfaclinalg"
-PEERS = ("kfac-pytorch", "kfac-jax", "asdl", "curvlinops", "nngeometry", "singd", "distributed shampoo")
+BY_HAND = "BLAS by hand"
+# How the names of a library's rows begin, where that is not its name; diagonal factors are another method.
+ALIASES = {"singd singd diagonal": "singd, diagonal", "by hand": BY_HAND}
+PEERS = (OURS, "kfac-pytorch", "kfac-jax", "asdl", "curvlinops", "nngeometry", "singd", "distributed shampoo")
 PEERS += ("linear_operator", "pykronecker")
 LIMITS = {
     "J1": "A and G of one batch into the average; of two GEMMs of torch",
@@ -38,8 +41,8 @@ LIMITS = {
     "J6b": "(A ⊗ B + C ⊗ D)⁻¹ V; of two generalised eigenproblems of SciPy",
     "J6b applied": "the same, once decomposed; of four GEMMs of torch",
     "J7": "(U Uᵀ + diag)⁻¹ v; of Woodbury by hand",
-    "J4": "step on an autoencoder; of SGD",
-    "J5": "step on a small convnet; of SGD",
+    "J4": "step on an autoencoder, statistics / inverses every so many steps; of SGD, kfac-jax of SGD in JAX",
+    "J5": "step on a small convnet; of SGD, kfac-jax of SGD in JAX",
 }
 STEP_BARS = {
     ("J4", 256): {"1/1": 4.0, "1/20": 3.0, "20/20": 1.6},
@@ -47,6 +50,7 @@ STEP_BARS = {
     ("J5", 128): {"1/1": 3.0},
 }
 MEMORY_BAR = 90  # MiB over SGD
+WIDEST = 12  # of a bar in the picture; a longer one is cut
 Row = dict[str, Any]
 
 
@@ -81,7 +85,7 @@ def bar(row: Row, rows: list[Row]) -> float | None:
     if job in ("J4", "J5"):
         m, schedule = size.split(" ")
         return STEP_BARS.get((job, int(m.removeprefix("m="))), {}).get(schedule)
-    if job == "J2" and int(size.split(" ")[1]) < 500:
+    if (job == "J2" and int(size.split(" ")[1]) < 500) or (job == "J6b" and row["name"] != OURS):
         return None
     if job == "J3":
         openblas = [
@@ -93,7 +97,10 @@ def bar(row: Row, rows: list[Row]) -> float | None:
 
 def library(row: Row) -> str | None:
     """The library that a row is of; None for a limit."""
-    return next((peer for peer in (OURS, *PEERS) if row["name"].startswith(peer)), None)
+    return next(
+        (name for start, name in (*ALIASES.items(), *zip(PEERS, PEERS, strict=True)) if row["name"].startswith(start)),
+        None,
+    )
 
 
 def best(rows: list[Row], job: str, size: str) -> dict[str, Row]:
@@ -160,33 +167,31 @@ def libraries() -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Steps over those of SGD, a panel for each network, batch and schedule."""
+    """Steps over those of SGD: a row for each network and batch, a column for each schedule."""
     import matplotlib.pyplot as plt
 
-    sizes = dict.fromkeys((row["job"], row["size"]) for row in rows if row["job"] in ("J4", "J5"))
-    columns = 3
-    lines = -(-len(sizes) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(10, 2.3 * lines), squeeze=False, layout="constrained")
-    for panel, (job, size) in zip(panels.flat, sizes, strict=False):
-        found = best(rows, job, size)
-        by_hand = [r for r in rows if (r["job"], r["size"]) == (job, size) and r["name"].startswith("by hand")]
-        if by_hand:
-            found["BLAS by hand"] = min(by_hand, key=lambda row: row["ratio"])
-        found = dict(sorted(found.items(), key=lambda item: item[1]["ratio"]))
-        colours = ["C1" if name == OURS else "0.85" if name == "BLAS by hand" else "0.65" for name in found]
-        bars = panel.barh(list(found), [row["ratio"] for row in found.values()], color=colours)
-        panel.bar_label(bars, fmt="%.1f", padding=2, fontsize="x-small")
-        panel.axvline(1, color="C0", linewidth=1)
-        m, schedule = size.split(" ")
-        network = {"J4": "autoencoder", "J5": "convnet"}[job]
-        panel.set_title(f"{network}, {m.replace('=', ' = ')}, {schedule}", fontsize="small", loc="left")
-        panel.margins(x=0.12)
-        panel.invert_yaxis()
-        panel.set_xlim(left=0)
-        panel.tick_params(labelsize="small")
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels.flat[len(sizes) :]:
-        panel.remove()
+    steps = [row for row in rows if row["job"] in ("J4", "J5")]
+    lines = list(dict.fromkeys((row["job"], row["size"].split(" ")[0]) for row in steps))
+    columns = list(dict.fromkeys(row["size"].split(" ")[1] for row in steps))
+    shape = (len(lines), len(columns))
+    figure, panels = plt.subplots(*shape, figsize=(10, 0.4 + 2.3 * len(lines)), squeeze=False, layout="constrained")
+    for (job, m), line in zip(lines, panels, strict=True):
+        shown = [best(rows, job, f"{m} {schedule}") for schedule in columns]
+        for schedule, found, panel in zip(columns, shown, line, strict=True):
+            if not found:
+                panel.remove()
+                continue
+            colours = ["C1" if name == OURS else "0.88" if name == BY_HAND else "0.7" for name in found]
+            ratios = [row["ratio"] for row in found.values()]
+            bars = panel.barh(list(found), [min(ratio, WIDEST) for ratio in ratios], color=colours, height=0.75)
+            labels = [f"{ratio:.1f}{' →' if ratio > WIDEST else ''}" for ratio in ratios]
+            panel.bar_label(bars, labels, padding=2, fontsize="x-small")
+            panel.axvline(1, color="C0", linewidth=1)
+            network = {"J4": "autoencoder", "J5": "convnet"}[job]
+            panel.set_title(f"{network}, {m.replace('=', ' = ')}, {schedule}", fontsize="small", loc="left")
+            panel.set(xlim=(0, WIDEST + 2), ylim=(max(map(len, shown)) - 0.4, -0.6))
+            panel.tick_params(labelsize="small", left=False)
+            panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("step / SGD step (line: 1); statistics / inverses every so many steps", fontsize="small")
     figure.savefig(path)
 
