@@ -41,6 +41,46 @@ def precondition(shapes, dtype):
     return {"kfaclinalg": lambda: [P @ V for P, V in layers]}
 
 
+def kron_matvec(p, q, dtype):
+    """J6a: A V B for an A on the side of the rows: in this library's order (B ⊗ A) @ V."""
+    A, B = tt(jobs.spd(p, dtype, 1)), tt(jobs.spd(q, dtype, 2))
+    P, V = kf.Kronecker(B, A), tt(jobs.activations(p, q, dtype, 3))
+    return {"kfaclinalg": lambda: P @ V}
+
+
+def kron_sum_solve(p, q, dtype):
+    """J6b: the X with A X B + C X D = V, by the inverse of B ⊗ A + D ⊗ C."""
+    A, B = tt(jobs.spd(p, dtype, 1)), tt(jobs.spd(q, dtype, 2))
+    C, D = tt(jobs.spd(p, dtype, 3)), tt(jobs.spd(q, dtype, 4))
+    P, V = kf.KroneckerPair(B, A, D, C), tt(jobs.activations(p, q, dtype, 5))
+    inverse = P.inverse()
+    ways = {
+        "kfaclinalg": lambda: P.inverse() @ V,
+        "kfaclinalg, refined": lambda: P.solve(V),
+        "kfaclinalg, apply only": lambda: inverse @ V,
+    }
+    for solve in ways.values():
+        X = solve()
+        solve.residual = float((A @ X @ B + C @ X @ D - V).abs().max() / V.abs().max())
+    return ways
+
+
+def lowrank_solve(d, k, dtype):
+    """J7: (U Uᵀ + diag)⁻¹ v."""
+    U, v = tt(jobs.activations(d, k, dtype, 1)), tt(jobs.activations(d, 1, dtype, 2))
+    diagonal = tt(abs(jobs.activations(d, 1, dtype, 3))[:, 0] + dtype.type(0.5))
+    M = kf.LowRankPlusDiagonal(U, U.new_ones(k), diagonal)
+    inverse = M.inverse()
+    ways = {
+        "kfaclinalg": lambda: M.inverse() @ v,
+        "kfaclinalg, refined": lambda: M.solve(v),
+        "kfaclinalg, apply only": lambda: inverse @ v,
+    }
+    for solve in ways.values():
+        solve.residual = float((M @ solve() - v).abs().max() / v.abs().max())
+    return ways
+
+
 def make_step(spec, m, stats_every, inverse_every, variant):
     """J4, J5: one whole training step."""
     net = tc.model(spec)
