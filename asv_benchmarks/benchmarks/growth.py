@@ -50,28 +50,11 @@ class _Exponent(_Growth):
     track_exponent.unit = "power of n"
 
 
-class Inverse(_Growth):
-    work = staticmethod(spd.inverse)
-
-
-class Refresh(_Growth):
-    work = staticmethod(refresh)
-
-
-class LowRankOf64(_Growth):
-    work = staticmethod(lambda M: low_rank(M, RANK))
-
-
-class InverseExponent(_Exponent):
-    work = Inverse.work
-
-
-class RefreshExponent(_Exponent):
-    work = Refresh.work
-
-
-class LowRankOf64Exponent(_Exponent):
-    work = LowRankOf64.work
+WORK = {"Inverse": spd.inverse, "Refresh": refresh, "LowRankOf64": lambda M: low_rank(M, RANK)}
+for name, work in WORK.items():
+    attributes = {"work": staticmethod(work), "__module__": __name__}
+    globals()[name] = type(name, (_Growth,), attributes)
+    globals()[name + "Exponent"] = type(name + "Exponent", (_Exponent,), attributes)
 
 
 class Memory:

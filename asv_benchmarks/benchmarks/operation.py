@@ -1,16 +1,17 @@
 """A row of the tables, `Operation`, and the asv class that is made of each row."""
 
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from statistics import median
 from timeit import Timer
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backends import QUICK, backend, present
+from .backends import QUICK, backend
 
-ROUNDS, SECONDS = (1, 0.0) if QUICK else (7, 0.3)  # of a ratio: at least and about
+ROUNDS, SECONDS = (1, 0.0) if QUICK else (5, 0.15)  # of a ratio: at least and about
 
 
 class Operation(NamedTuple):
@@ -60,7 +61,7 @@ def moved(by, x):
 
 class _Benchmark:
     param_names = ("backend", "dtype", "n")
-    rounds, repeat, warmup_time, timeout = 1, (3, 30, 0.2), 0, 300
+    rounds, repeat, warmup_time, timeout = 1, (3, 30, 0.1), 0, 300
 
     def setup(self, *params):
         self.ours, self.floor = prepared(self.operation, *params)
@@ -74,15 +75,15 @@ class _Benchmark:
     track_ratio.unit = "ratio to the floor"
 
 
-def asv_classes(rows, module):
+def asv_classes(rows, module, backends):
     """The namespace of asv's classes: `Kronecker.inverse` becomes `Kronecker_inverse`."""
     classes = {}
     for name, row in rows.items():
-        params = [[b for b in present() if b in row.backends], list(row.dtypes), list(row.sizes)]
+        params = [[b for b in backends if b in row.backends], list(row.dtypes), list(row.sizes)]
         if QUICK:
             params = [["+".join(params[0])], row.dtypes[:1], row.sizes[:1]]
-        identifier = re.sub(r"\W", "_", name.replace("__", ""))
         if params[0]:
+            identifier = re.sub(r"\W", "_", name.replace("__", ""))
             attributes = {"operation": row, "params": params, "pretty_name": name, "__module__": module}
             classes[identifier] = type(identifier, (_Benchmark,), attributes)
     return classes
