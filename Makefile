@@ -20,7 +20,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures test lint docs bench clean
+.PHONY: help demo figures test lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,8 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site, in build/docs"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
+	@echo "make performance  all benchmarks, stored, and their pictures  (pin it: taskset -c 1 make performance)"
+	@echo "make plots    those pictures alone"
 	@echo "make clean    remove .venv and all that was built"
 
 demo: $(VENV)/.demo

@@ -54,7 +54,7 @@ def woodbury_logdet(by, M):
 OPERATIONS = {
     "spd.inverse": Operation(lambda new, n: (new.spd(n),), spd.inverse, lambda by, M: by.inverse(M)),
     "spd.solve": Operation(lambda new, n: (new.spd(n), new.matrix(n, n)), spd.solve, lambda by, M, X: by.solve(M, X)),
-    "spd.inverse_root": Operation(lambda new, n: (new.spd(n),), lambda M: spd.inverse_root(M, 2), root),
+    "spd.inverse_root": Operation(lambda new, n: (new.spd(n),), lambda M: spd.inverse_root(M, 2), root, (64, 256, 512)),
     "spd.logdet": Operation(lambda new, n: (new.spd(n),), spd.logdet, lambda by, M: by.log_det(M)),
     "spd.newton_schulz_inverse": Operation(
         lambda new, n: (new.spd(n),),

@@ -114,8 +114,8 @@ def _each(runs):
 def ratio(ours, floor):
     """The median over rounds in turn of the time of ours to that of the floor."""
     timers = Timer(ours), Timer(floor)
-    once = max(timers[1].timeit(1), 1e-7)
+    once = timers[1].timeit(1) + 1e-7
     number = 1 if QUICK else max(1, int(1e-3 / once))
-    rounds = ROUNDS + min(100, int(SECONDS / (2 * number * once)))
+    rounds = max(ROUNDS, min(100, int(SECONDS / (2 * number * once))))
     pairs = [[timer.timeit(number) for timer in timers] for _ in range(rounds)]
     return median(mine / theirs for mine, theirs in pairs)

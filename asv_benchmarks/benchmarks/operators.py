@@ -7,6 +7,7 @@ from .operation import Operation, operations
 
 SQUARINGS = 4  # of the Smith iteration, enough for these pairs
 EXAMPLES = 32
+EIGENVALUES = {"sizes": (64, 256, 512)}
 SMALL = {"sizes": (8, 16, 32)}  # of what holds (m n)² entries
 
 
@@ -91,8 +92,6 @@ OPERATIONS = {
             "apply": (lambda P, V: P.apply(V), lambda by, P, V: P.B @ V @ P.A.mT),
             "inverse": (lambda P, V: P.inverse(), lambda by, P, V: (by.inverse(P.A), by.inverse(P.B))),
             "solve": (lambda P, V: P.solve(V), lambda by, P, V: by.solve(P.A, by.solve(P.B, V).mT).mT),
-            "inverse_root": (lambda P, V: P.inverse_root(2), lambda by, P, V: (root(by, P.A), root(by, P.B))),
-            "shifted_inverse": (lambda P, V: P.shifted_inverse(0.1), shifted_inverse),
             "logdet": (
                 lambda P, V: P.logdet(),
                 lambda by, P, V: len(P.B) * by.log_det(P.A) + len(P.A) * by.log_det(P.B),
@@ -100,6 +99,15 @@ OPERATIONS = {
             "trace": (lambda P, V: P.trace(), lambda by, P, V: P.A.trace() * P.B.trace()),
             "diagonal": (lambda P, V: P.diagonal(), lambda by, P, V: by.xp.outer(*diagonals(by, P.B, P.A))),
         },
+    ),
+    **operations(
+        "Kronecker.",
+        layer,
+        {
+            "inverse_root": (lambda P, V: P.inverse_root(2), lambda by, P, V: (root(by, P.A), root(by, P.B))),
+            "shifted_inverse": (lambda P, V: P.shifted_inverse(0.1), shifted_inverse),
+        },
+        **EIGENVALUES,
     ),
     **operations(
         "Kronecker.",
@@ -152,6 +160,7 @@ OPERATIONS = {
                 lambda by, P, V: by.xp.outer(*diagonals(by, P.B, P.A)) + by.xp.outer(*diagonals(by, P.D, P.C)),
             ),
         },
+        **EIGENVALUES,
     ),
     "Kronecker.to_dense": Operation(layer, lambda P, V: P.to_dense(), lambda by, P, V: by.xp.kron(P.A, P.B), **SMALL),
     "KroneckerBasis.to_dense": Operation(basis, lambda P, V: P.to_dense(), basis_dense, **SMALL),
