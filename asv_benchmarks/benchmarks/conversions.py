@@ -5,7 +5,7 @@ from array_api_compat import device, to_device
 
 from kfaclinalg import Diagonal, LowRankPlusDiagonal
 
-from .network import blocks, tridiagonal
+from .network_by_hand import blocks, tridiagonal
 from .operation import Operation
 from .operators import basis, layer, outer, pair
 
