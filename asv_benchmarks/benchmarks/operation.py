@@ -11,7 +11,7 @@ import numpy as np
 
 from .backends import QUICK, backend
 
-ROUNDS, SECONDS = (1, 0.0) if QUICK else (5, 0.15)  # of a ratio: at least and about
+ROUNDS, SECONDS = (1, 0.0) if QUICK else (5, 0.1)  # of a ratio: at least and about
 
 
 class Operation(NamedTuple):
@@ -61,7 +61,7 @@ def moved(by, x):
 
 class _Benchmark:
     param_names = ("backend", "dtype", "n")
-    rounds, repeat, warmup_time, timeout = 1, (3, 30, 0.1), 0, 300
+    rounds, repeat, warmup_time, timeout = 1, (3, 20, 0.05), 0, 300
 
     def setup(self, *params):
         self.ours, self.floor = prepared(self.operation, *params)

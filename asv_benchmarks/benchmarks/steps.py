@@ -104,7 +104,7 @@ def period(step):
 class _Step:
     param_names = ("backend", "width")
     params = (DEVICES, [64] if QUICK else [64, 256, 1024])
-    rounds, repeat, warmup_time, number, timeout = 1, (3, 10, 2.0), 0, 1, 300
+    rounds, repeat, warmup_time, number, timeout = 1, (2, 5, 1.0), 0, 1, 300
 
     def setup(self, name, width):
         pair = type(self).built(name, width)
