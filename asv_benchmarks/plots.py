@@ -1,6 +1,7 @@
 """The pictures of docs/performance.md, from the newest of asv's results and from peers.json: `make plots`."""
 
 import json
+import re
 from ast import literal_eval
 from itertools import product
 from pathlib import Path
@@ -57,7 +58,9 @@ def small_multiples(rows, caption):
     handles = [plt.Line2D([], [], color=c, marker="o", label=b) for b, c in COLOURS.items() if b in present]
     handles.append(plt.Line2D([], [], color="0.3", linestyle=":", marker="_", label="its floor, by hand"))
     figure.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False, bbox_to_anchor=(0.5, 1))
-    figure.supxlabel(f"n (seconds against n; in colour: time of ours / time of the floor at the largest n)\n{caption}")
+    figure.supxlabel(
+        f"n (seconds against n; in colour: time of ours / time of the floor at the largest n)\n{caption}", fontsize=8
+    )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.32 / figure.get_figheight()))
     return figure
 
@@ -69,13 +72,17 @@ def panel(axis, name, backends):
         axis.plot(n, seconds, color=COLOURS[backend], marker="o", markersize=3, linewidth=1.3)
         axis.plot(n, floor, color=COLOURS[backend], marker="_", markersize=7, linestyle=":", linewidth=1.3)
     axis.set(xscale="log", yscale="log")
-    axis.set_title(name.replace("_matmul", " @"), fontsize=8.5, pad=14)
-    for i, (backend, points) in enumerate(backends.items()):
-        text = f"{points[-1][2]:.2f}"
+    axis.set_title(re.sub("^(spd|[A-Z][A-Za-z]+)_", r"\1.", name).replace(".matmul", " @"), fontsize=8.5, pad=14)
+    for i, backend in enumerate(sorted(backends, key=list(COLOURS).index)):
+        text = f"{backends[backend][-1][2]:.2f}"
         axis.text(0.02 + 0.2 * i, 1.03, text, color=COLOURS[backend], fontsize=8, transform=axis.transAxes)
-    sizes = sorted({point[0] for points in backends.values() for point in points})
-    axis.set_xticks(sizes, sizes)
-    axis.minorticks_off()
+    ticks(axis, {point[0] for points in backends.values() for point in points})
+
+
+def ticks(axis, sizes):
+    """Every size, and nothing between them on a logarithmic axis."""
+    axis.set_xticks(sorted(sizes), sorted(sizes))
+    axis.set_xticks([], minor=True)
 
 
 def growth(found, caption):
@@ -88,11 +95,10 @@ def growth(found, caption):
             points = sorted((n, t) for (b, n), t in found[name].items() if b == backend)
             if points:
                 power = exponents.get((backend,))
-                label = backend + (f": n^{power:.2f}" if power else "")
+                label = backend + (f": $n^{{{power:.2f}}}$" if power else "")
                 axis.plot(*zip(*points, strict=True), color=colour, marker="o", label=label)
-                axis.set_xticks([n for n, _ in points], [n for n, _ in points])
         axis.set(xscale="log", yscale="log", title=name.split(".")[1], xlabel="n")
-        axis.set_xticks([], minor=True)
+        ticks(axis, {n for _, n in found[name]})
         axis.legend(frameon=False)
     axes[0, 0].set_ylabel("seconds, float32")
     figure.supxlabel(caption, fontsize=8)
@@ -110,7 +116,6 @@ def steps(found, caption):
             if points:
                 label = f"{name.split('.')[1]}, {backend}"
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
-                axis.set_xticks([n for n, _ in points], [n for n, _ in points])
     axis.axhline(1, color="0.3", linestyle=":", label="plain SGD")
     axis.set(
         xscale="log",
@@ -118,7 +123,7 @@ def steps(found, caption):
         ylabel="time of 20 steps / that of SGD's",
         ylim=(0, None),
     )
-    axis.set_xticks([], minor=True)
+    ticks(axis, {n for name in names for _, n in found[name]})
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
