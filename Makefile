@@ -10,13 +10,17 @@ EXTRAS_test := test,figures
 EXTRAS_docs := docs
 EXTRAS_bench := bench
 
+# What several threads take depends on what else runs. An operation is timed on one.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+ONE_THREAD += XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
+
 # Somebody else's packages would hide ours.
 unexport PYTHONPATH PYTHONHOME
 
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures test lint docs bench clean
+.PHONY: help demo figures test lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +30,8 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site, in build/docs"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
+	@echo "make performance  all benchmarks, stored, and their pictures  (pin it: taskset -c 1 make performance)"
+	@echo "make plots    those pictures alone"
 	@echo "make clean    remove .venv and all that was built"
 
 demo: $(VENV)/.demo
@@ -46,14 +52,27 @@ docs: $(VENV)/.docs
 	$(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-# In an environment as it stands asv shows the figures and stores none. It must know the machine, in
-# ~/.asv-machine.json, before it runs.
+# In an environment as it stands asv stores figures only under a commit that is named: with those of the quick run,
+# which are of one call each, nothing can be done. It must know the machine, in ~/.asv-machine.json, before it runs.
+# A forked process has torch and JAX imported already, which a spawned one takes seconds for.
+ASV := $(ONE_THREAD) $(PYTHON) -m asv
+ASV_RUN := run --config asv_benchmarks/asv.conf.json --python=same --launch-method forkserver --show-stderr
+
 bench: $(VENV)/.bench
 	@$(PYTHON) -m asv machine --yes --config asv_benchmarks/asv.conf.json > /dev/null
-	$(PYTHON) -m asv run --config asv_benchmarks/asv.conf.json --python=same --launch-method spawn --quick --show-stderr $(ARGS)
+	@$(ONE_THREAD) $(PYTHON) -m threadpoolctl -i numpy scipy.linalg torch | grep -E 'filepath|internal_api|num_threads'
+	BENCHMARKS=quick $(ASV) $(ASV_RUN) --quick $(ARGS)
+
+performance: $(VENV)/.bench
+	@$(PYTHON) -m asv machine --yes --config asv_benchmarks/asv.conf.json > /dev/null
+	$(ASV) $(ASV_RUN) --set-commit-hash $$(git rev-parse HEAD) $(ARGS)
+	$(PYTHON) asv_benchmarks/plots.py
+
+plots: $(VENV)/.bench
+	$(PYTHON) asv_benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) build dist asv_benchmarks/env asv_benchmarks/results asv_benchmarks/html
+	rm -rf $(VENV) build dist asv_benchmarks/env asv_benchmarks/html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
