@@ -22,6 +22,7 @@ from ._array import NAN, Backend, check_choice
 
 CHOICES = ("auto", "native")
 SIZE, REPETITIONS, FASTER = 257, 8, 0.8  # of a trial; odd as most inputs with their 1: some routines mind
+PATIENCE = 0.1  # seconds after which a trial takes no further round
 BLOCK = 64  # rows at once where a matrix meets its transpose: what is read by columns stays in the cache
 _pays: dict[tuple[Any, Callable[..., Any]], bool] = {}
 
@@ -29,12 +30,12 @@ _pays: dict[tuple[Any, Callable[..., Any]], bool] = {}
 def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., Any], *args: Any) -> Any:
     """host(*args) with NumPy's views in the place of arrays, where that can be and pays; native(*args) elsewhere.
 
-    `host` takes floats and matrices, none of them empty; it changes none.
+    `host` takes floats, vectors and matrices, none of them empty; it changes none. It returns an array or several.
     """
     check_choice("blas", blas, CHOICES)
     views: Sequence[Any] | None = None
     if b.kind == "numpy":
-        views = args if _are_matrices(args, np.ndarray) else None
+        views = args if _are_single(args, np.ndarray) else None
     elif b.kind == "torch" and blas == "auto" and _pays.get((b.dtype, host), True):
         views = _views(args)
     if views is None:
@@ -47,7 +48,8 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
         _pays[b.dtype, host] = _trial(host, native, views)
         return run(b, blas, host, native, *args)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        return torch.from_numpy(host(*views))
+        result = host(*views)
+    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
 
 def _views(args: Sequence[Any]) -> list[Any] | None:
@@ -59,18 +61,20 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
-        or not _are_matrices(args, torch.Tensor)
+        or not _are_single(args, torch.Tensor)
     ):
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None  # the trials of several processes could end differently, and their results drift apart
     forward_ad: Any = torch.autograd.forward_ad
-    recording = torch.is_grad_enabled()
+    recording, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     views = []
     for x in args:
         if type(x) is float:
             views.append(x)
-        elif not x.is_cpu or (recording and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None:
+        elif (
+            not x.is_cpu or (recording and x.requires_grad) or (dual and forward_ad.unpack_dual(x).tangent is not None)
+        ):
             return None
         else:
             try:
@@ -80,21 +84,24 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
     return views
 
 
-def _are_matrices(args: Sequence[Any], array: Any) -> bool:
-    return all(type(x) is float or (type(x) is array and x.ndim == 2 and 0 not in x.shape) for x in args)
+def _are_single(args: Sequence[Any], array: Any) -> bool:
+    return all(type(x) is float or (type(x) is array and 1 <= x.ndim <= 2 and 0 not in x.shape) for x in args)
 
 
 def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence[Any]) -> bool:
     import torch
 
-    i = np.arange(SIZE)
-    S = (1 / (1 + abs(i[:, None] - i))).astype(next(x.dtype for x in views if type(x) is not float))  # definite
-    args = [x if type(x) is float else S for x in views]
-    tensors = [x if type(x) is float else torch.from_numpy(S) for x in views]
+    distance = abs(np.arange(SIZE)[:, None] - np.arange(SIZE))
+    args = []
+    for k, x in enumerate(views):  # matrices that are definite and different
+        args.append(x if type(x) is float else (1 / (1 + k + distance)).astype(x.dtype)[(0,) * (2 - x.ndim)])
+    tensors = [x if type(x) is float else torch.from_numpy(x) for x in args]
     here: list[float] = []
     there: list[float] = []
     rounds: list[tuple[Any, list[Any], list[float]]] = [(host, args, here), (native, tensors, there)]
     for f, given, seconds in rounds * REPETITIONS:
+        if len(here) == len(there) and sum(here + there) > PATIENCE:
+            break
         start = perf_counter()
         f(*given)
         seconds.append(perf_counter() - start)
@@ -103,14 +110,14 @@ def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence
 
 def inverse(M: Any) -> Any:
     """((M + Mᵀ)/2)⁻¹, exactly symmetric."""
-    L = _cholesky(M)
-    return np.full_like(M, NAN) if L is None else _mirrored(_routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    L = cholesky(M)
+    return np.full_like(M, NAN) if L is None else _mirrored(routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
 
 
 def solve(M: Any, X: Any) -> Any:
     """((M + Mᵀ)/2)⁻¹ X."""
-    L = _cholesky(M)
-    return np.full_like(X, NAN) if L is None else _routine(lapack, L, "potrs")(L, X, lower=1)[0]
+    L = cholesky(M)
+    return np.full_like(X, NAN) if L is None else routine(lapack, L, "potrs")(L, X, lower=1)[0]
 
 
 def moment(x: Any) -> Any:
@@ -127,17 +134,22 @@ def updated(decay: float, C: Any, x: Any) -> Any:
 def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
     """alpha xᵀx, the lower triangle, added to c where there is one."""
     a, trans = (x, 1) if x.flags.f_contiguous else (x.T, 0)  # in the order that BLAS reads
-    return _routine(scipy_blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
+    return routine(scipy_blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
 
 
-def _cholesky(M: Any) -> Any:
+def cholesky(M: Any) -> Any:
     """Lower L in LAPACK's order, with anything above it; None where (M + Mᵀ)/2 is not definite."""
+    L, info = routine(lapack, M, "potrf")(lower_half(M), lower=1, clean=0, overwrite_a=1)
+    return L if info == 0 and math.isfinite(L.trace()) else None
+
+
+def lower_half(M: Any) -> Any:
+    """A copy in LAPACK's order whose lower triangle is that of (M + Mᵀ)/2, with anything above it."""
     X, T = 0.5 * M, M.T  # halved first: the sum of two large entries may overflow
     for i in range(0, len(M), BLOCK):
         j, columns = i + BLOCK, slice(i, i + BLOCK)
         X[:j, columns] += 0.5 * T[:j, columns]
-    L, info = _routine(lapack, M, "potrf")(X.T, lower=1, clean=0, overwrite_a=1)
-    return L if info == 0 and math.isfinite(L.trace()) else None
+    return X.T
 
 
 def _mirrored(X: Any) -> Any:
@@ -162,5 +174,5 @@ def _above(n: int) -> Any:
     return ~np.tri(n, dtype=bool)
 
 
-def _routine(library: Any, x: Any, name: str) -> Any:
+def routine(library: Any, x: Any, name: str) -> Any:
     return getattr(library, {"f": "s", "d": "d"}[x.dtype.char] + name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _array, _host, _linalg, spd
+from . import _array, _host, spd
 from ._value import leaves
 from .low_rank import Diagonal, LowRankPlusDiagonal
 
@@ -56,13 +56,15 @@ def solve(M: Any, X: Any, blas: str) -> Any:
     return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X, blas=blas)
 
 
-def inverse_root(M: Any, p: float) -> Any:
+def inverse_root(M: Any, p: float, blas: str) -> Any:
     """Of the same kind, save that a `LowRankPlusDiagonal` has a dense one."""
-    return M.inverse_root(p) if isinstance(M, Diagonal) else spd.inverse_root(dense(M), p)
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.inverse_root(p) if isinstance(M, Diagonal) else spd.inverse_root(dense(M), p, blas=blas)
 
 
-def logdet(M: Any) -> Any:
-    return M.logdet() if isinstance(M, STRUCTURED) else spd.logdet(M)
+def logdet(M: Any, blas: str) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.logdet() if isinstance(M, STRUCTURED) else spd.logdet(M, blas=blas)
 
 
 def trace(b: _array.Backend, M: Any) -> Any:
@@ -77,9 +79,9 @@ def dense(M: Any) -> Any:
     return M.to_dense() if isinstance(M, STRUCTURED) else M
 
 
-def eigh(b: _array.Backend, M: Any) -> tuple[Any, Any]:
+def eigh(b: _array.Backend, M: Any, blas: str) -> tuple[Any, Any]:
     """Eigenvalues (..., n) and eigenvectors (..., n, n) of the symmetric part."""
-    return _linalg.eigh(b, _linalg.symmetrised(dense(M)))
+    return spd.eigh(b, dense(M), blas)
 
 
 def shifted(b: _array.Backend, M: Any, shift: Any) -> Any:

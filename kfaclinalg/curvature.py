@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from . import _array, _linalg
+from . import _array, _host, _lapack, _linalg
 from ._typing import Scalar
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import factored_tikhonov
@@ -43,7 +44,7 @@ def block_tridiagonal_inverse(
 
     γ damps the factors of the layers, never the links, which come from the same samples. A layer that is not positive
     definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops. `blas` is as in
-    `Kronecker.apply`, for the last layer.
+    `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`; or there is not one link fewer than layers, or one of them
@@ -64,7 +65,7 @@ def block_tridiagonal_inverse(
     # I ⊗ I - diag(s_A) ⊗ diag(s_G) (Appendix B).
     Psi_A, Psi_G, Lambda = [], [], []
     for (lower, upper), link in zip(pairwise(layers), factors.links, strict=True):
-        (Psi, K_A, s_A), (Phi, K_G, s_G) = map(_conditional, lower, upper, link)
+        (Psi, K_A, s_A), (Phi, K_G, s_G) = map(partial(_conditional, blas), lower, upper, link)
         Psi_A.append(Psi)
         Psi_G.append(Phi)
         b = _array.resolve(K_A=K_A)
@@ -73,10 +74,11 @@ def block_tridiagonal_inverse(
     return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse(blas=blas)))
 
 
-def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagonal:
+def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = "auto") -> BlockDiagonal:
     """The blocks (A_i ⊗ G_i + damping I)⁻¹ exactly, without the factored approximation (eqn 6). Links are not used.
 
     `damping` is λ + η, what is added to the curvature itself: γ² of the factored form. About Σ 9 (n_i³ + m_i³) flops.
+    `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `Kronecker.shifted_inverse`, or no layers.
@@ -87,7 +89,7 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     >>> (exactly_damped_inverse(factors, 1.0) @ (np.ones((1, 1)),))[0]
     array([[0.25]])
     """
-    return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping) for layer in factors.layers))
+    return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping, blas=blas) for layer in factors.layers))
 
 
 def low_rank_inverse(
@@ -132,9 +134,13 @@ def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
-def _conditional(M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
+def _conditional(blas: str, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
     """One side of a layer given the next: Psi, K and s from the damped factors of both and their link X."""
     b = _array.resolve(factor=M, above=above, link=X)
+    return _host.run(b, blas, _lapack.conditional, partial(_factorised, b), M, above, X)
+
+
+def _factorised(b: _array.Backend, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
     L, L_above = (_linalg.cholesky(b, _linalg.symmetrised(N)) for N in (M, above))
     Y_T = _linalg.forward_substitution(b, L_above, X.mT)
     Psi = _linalg.back_substitution(b, L_above, Y_T).mT

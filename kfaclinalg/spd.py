@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _host, _linalg
+from . import _array, _host, _lapack, _linalg
 from ._typing import ArrayT
 
 
@@ -52,8 +52,8 @@ def solve(M: ArrayT, X: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     return _array.narrowed(b, _host.run(b, blas, _host.solve, partial(_solve, b), M, X_wide), X.dtype)
 
 
-def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
-    """M^(-1/p) (..., n, n) for p > 0, by the eigendecomposition of M. About 9 n³ flops.
+def inverse_root(M: ArrayT, p: float, /, *, blas: str = "auto") -> ArrayT:
+    """M^(-1/p) (..., n, n) for p > 0, by the eigendecomposition of M. About 9 n³ flops. `blas` is as in `inverse`.
 
     Raises:
         TypeError, ValueError: M is not a square float32 or float64 array, or p is not positive.
@@ -65,15 +65,17 @@ def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
     """
     _array.check_positive("p", p)
     b = _matrix(M)
-    w, Q = _linalg.eigh(b, _linalg.symmetrised(M))
+    w, Q = eigh(b, M, blas)
     definite = b.xp.all(w > 0, axis=-1)[..., None]
     root = b.xp.where(definite, w, _array.NAN) ** (-0.5 / p)
     K = Q * root[..., None, :]
     return _linalg.symmetrised(K @ K.mT)
 
 
-def logdet(M: ArrayT, /) -> ArrayT:
+def logdet(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     """log det M (...), as the sum of the logarithms of the Cholesky factor's diagonal. n³/3 flops.
+
+    `blas` is as in `inverse`.
 
     Raises:
         TypeError, ValueError: M is not a square float32 or float64 array.
@@ -83,8 +85,7 @@ def logdet(M: ArrayT, /) -> ArrayT:
     0.0
     """
     b = _matrix(M)
-    diagonal = b.xp.linalg.diagonal(_linalg.cholesky(b, _linalg.symmetrised(M)))
-    return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
+    return _host.run(b, blas, _lapack.logdet, partial(_logdet, b), M)
 
 
 def newton_schulz_inverse(
@@ -159,6 +160,11 @@ def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, t
     return float(tolerance)
 
 
+def eigh(b: _array.Backend, M: Any, blas: str) -> tuple[Any, Any]:
+    """Eigenvalues (..., n) and eigenvectors (..., n, n) of (M + Mᵀ)/2."""
+    return _host.run(b, blas, _lapack.eigh, lambda M: _linalg.eigh(b, _linalg.symmetrised(M)), M)
+
+
 def _inverse(b: Any, M: Any) -> Any:
     return _linalg.cholesky_inverse(b, _linalg.cholesky(b, _linalg.symmetrised(M)))
 
@@ -166,6 +172,11 @@ def _inverse(b: Any, M: Any) -> Any:
 def _solve(b: Any, M: Any, X: Any) -> Any:
     L = _linalg.cholesky(b, _linalg.symmetrised(M))
     return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
+
+
+def _logdet(b: Any, M: Any) -> Any:
+    diagonal = b.xp.linalg.diagonal(_linalg.cholesky(b, _linalg.symmetrised(M)))
+    return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
 
 
 def _matrix(M: Any) -> _array.Backend:
