@@ -48,12 +48,16 @@ def outer(B: Any, L: Any, A: Any, R: Any) -> Any:
 
 def inverse(M: Any, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
-    return M.inverse() if isinstance(M, STRUCTURED) else spd.inverse(M, blas=blas)
+    if isinstance(M, Diagonal):
+        return M.inverse()
+    return M.inverse(blas=blas) if isinstance(M, LowRankPlusDiagonal) else spd.inverse(M, blas=blas)
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
-    return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X, blas=blas)
+    if isinstance(M, Diagonal):
+        return M.solve(X)
+    return M.solve(X, blas=blas) if isinstance(M, LowRankPlusDiagonal) else spd.solve(M, X, blas=blas)
 
 
 def inverse_root(M: Any, p: float, blas: str) -> Any:

@@ -93,14 +93,21 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = 
 
 
 def low_rank_inverse(
-    factors: Factors, gamma: Scalar, /, *, rank: int, norm: str = "trace", start: BlockDiagonal | None = None
+    factors: Factors,
+    gamma: Scalar,
+    /,
+    *,
+    rank: int,
+    norm: str = "trace",
+    start: BlockDiagonal | None = None,
+    blas: str = "auto",
 ) -> BlockDiagonal:
     """`block_diagonal_inverse` with A <- rank_k(A) and G <- rank_k(G - diag G) + diag G. Links are not used.
 
     The blocks are `Kronecker` products of `LowRankPlusDiagonal` inverses, in O(k (n_i + m_i)) memory. `low_rank` takes
     about Σ 16 k (n_i² + m_i²) flops, and Σ 14 k² (n_i + m_i) invert. An earlier result of this function as `start`, for
     factors that have changed little since, leaves a smaller error. A side smaller than the rank is kept whole. A layer
-    whose truncated G is not positive definite when damped becomes NaN.
+    whose truncated G is not positive definite when damped becomes NaN. `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov` and `low_rank`; or no layers, or `start` is not of this form.
@@ -117,7 +124,7 @@ def low_rank_inverse(
         A_k = low_rank(A, min(rank, A.shape[-1]), start=A_start)
         G_k = low_rank_plus_diagonal(G, min(rank, G.shape[-1]), start=G_start)
         truncated.append(LayerFactors(A_k, G_k))
-    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm)
+    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm, blas=blas)
 
 
 def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:

@@ -73,6 +73,7 @@ class LowRankPlusDiagonal:
         """
         b = self._backend()
         _array.check_choice("method", method, _woodbury.METHODS)
+        _array.check_choice("blas", blas, _host.CHOICES)
         native = partial(_woodbury.inverse, b, method)
         if method != "woodbury":
             return LowRankPlusDiagonal(*native(self.U, self.s, self.d))
@@ -82,8 +83,8 @@ class LowRankPlusDiagonal:
         """M⁻¹ X for X (..., n, r): `inverse() @ X`, refined. 14 n k² + 28 n k r flops. `blas` is as in `inverse`.
 
         Each step of refinement takes a factor of about κ eps off the residual, κ = ‖M‖ max(‖M⁻¹‖, 1/d): three of them
-        make the solution backward stable up to κ = eps^(-3/4). NumPy stops after one that takes off all but √eps / 10 or
-        less, as the next would all of eps.
+        make the solution backward stable up to κ = eps^(-3/4). NumPy stops after a step of at most √eps / 10 of
+        the solution, since the next one would be below eps.
         """
         b = self._backend()
         Y = self._operand(b, X)

@@ -45,11 +45,11 @@ def exact(layer: LayerFactors, damping: float, norm: str, blas: str = "auto") ->
     return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
 
 
-def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int) -> Any:
+def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int, blas: str = "auto") -> Any:
     """That of rank_k(A) and rank_k(G - diag G) + diag G; factored where a side is diagonal as it is."""
     if _structured(layer):
-        return factored(layer, damping, norm)
-    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm).blocks[0]
+        return factored(layer, damping, norm, blas)
+    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm, blas=blas).blocks[0]
 
 
 class Factored(NamedTuple):

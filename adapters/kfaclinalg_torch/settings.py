@@ -84,7 +84,7 @@ def inverses_of(
     if structure == "eigen":
         return EigenInverses(partial(exact, norm=norm, blas=blas), layers, blas)
     if rank is not None:
-        return Inverses(partial(low_rank, norm=norm, rank=rank), blas)
+        return Inverses(partial(low_rank, norm=norm, rank=rank, blas=blas), blas)
     if exact_damping:
         return Inverses(partial(exact, norm=norm, blas=blas), blas)
     return Inverses(partial(factored, norm=norm, blas=blas), blas)
