@@ -111,7 +111,7 @@ def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence
 def inverse(M: Any) -> Any:
     """((M + Mᵀ)/2)⁻¹, exactly symmetric."""
     L = cholesky(M)
-    return np.full_like(M, NAN) if L is None else _mirrored(routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    return np.full_like(M, NAN) if L is None else mirrored(routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
 
 
 def solve(M: Any, X: Any) -> Any:
@@ -122,13 +122,13 @@ def solve(M: Any, X: Any) -> Any:
 
 def moment(x: Any) -> Any:
     """xᵀx / N for x (N, n), exactly symmetric."""
-    return _mirrored(_rank_n(x, 1 / len(x)))
+    return mirrored(_rank_n(x, 1 / len(x)))
 
 
 def updated(decay: float, C: Any, x: Any) -> Any:
     """decay C + (1 - decay) xᵀx / N, exactly symmetric, for symmetric C."""
     X = np.multiply(C.T, decay, order="F")
-    return _mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
+    return mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
 
 
 def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
@@ -152,7 +152,7 @@ def lower_half(M: Any) -> Any:
     return X.T
 
 
-def _mirrored(X: Any) -> Any:
+def mirrored(X: Any) -> Any:
     """The symmetric matrix whose lower triangle is that of X, in the place of X."""
     _copy_up_to_low(X.T)  # rows lie together in the transpose
     return X.T

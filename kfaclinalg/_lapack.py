@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import blas, lapack
 
 from ._array import NAN
-from ._host import cholesky, lower_half, routine
+from ._host import cholesky, lower_half, mirrored, routine
 
 
 def logdet(M: Any) -> Any:
@@ -23,6 +23,14 @@ def logdet(M: Any) -> Any:
 def eigh(M: Any) -> tuple[Any, Any]:
     """w and Q with (M + Mᵀ)/2 = Q diag(w) Qᵀ."""
     return _syevd(lower_half(M))
+
+
+def inverse_root(p: float, M: Any) -> Any:
+    """((M + Mᵀ)/2)^(-1/p), exactly symmetric."""
+    w, Q = eigh(M)
+    if not (w > 0).all():
+        return _nan(M, M.shape)
+    return mirrored(routine(blas, M, "syrk")(1.0, Q * w ** (-0.5 / p), lower=1))
 
 
 def pencil(M: Any, N: Any) -> tuple[Any, Any]:

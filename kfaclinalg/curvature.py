@@ -92,7 +92,7 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = 
     return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping, blas=blas) for layer in factors.layers))
 
 
-def low_rank_inverse(
+def low_rank_inverse(  # noqa: PLR0913 - each of them is the caller's to choose
     factors: Factors,
     gamma: Scalar,
     /,

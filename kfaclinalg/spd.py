@@ -65,11 +65,7 @@ def inverse_root(M: ArrayT, p: float, /, *, blas: str = "auto") -> ArrayT:
     """
     _array.check_positive("p", p)
     b = _matrix(M)
-    w, Q = eigh(b, M, blas)
-    definite = b.xp.all(w > 0, axis=-1)[..., None]
-    root = b.xp.where(definite, w, _array.NAN) ** (-0.5 / p)
-    K = Q * root[..., None, :]
-    return _linalg.symmetrised(K @ K.mT)
+    return _host.run(b, blas, _lapack.inverse_root, partial(_inverse_root, b), float(p), M)
 
 
 def logdet(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
@@ -172,6 +168,14 @@ def _inverse(b: Any, M: Any) -> Any:
 def _solve(b: Any, M: Any, X: Any) -> Any:
     L = _linalg.cholesky(b, _linalg.symmetrised(M))
     return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
+
+
+def _inverse_root(b: Any, p: float, M: Any) -> Any:
+    w, Q = _linalg.eigh(b, _linalg.symmetrised(M))
+    definite = b.xp.all(w > 0, axis=-1)[..., None]
+    root = b.xp.where(definite, w, _array.NAN) ** (-0.5 / p)
+    K = Q * root[..., None, :]
+    return _linalg.symmetrised(K @ K.mT)
 
 
 def _logdet(b: Any, M: Any) -> Any:

@@ -78,7 +78,7 @@ CALLS = {
     "batch_factors": (lambda A, G, V, blas: flat(batch_factors([V], [G], blas=blas)), 2),
     "update_factors": (lambda A, G, V, blas: flat(update_factors(average(A, G), [V], [G], decay=0.5, blas=blas)), 2),
     "spd.logdet": (lambda A, G, V, blas: spd.logdet(A, blas=blas), 1),
-    "spd.inverse_root": (lambda A, G, V, blas: spd.inverse_root(A, 2, blas=blas), 2),
+    "spd.inverse_root": (lambda A, G, V, blas: spd.inverse_root(A, 2, blas=blas), 1),
     "Kronecker.shifted_inverse": (
         lambda A, G, V, blas: applied(Kronecker(A, G).shifted_inverse(0.1, blas=blas), V, blas),
         5,
@@ -238,13 +238,20 @@ WATCHED = {
 }
 
 
+UNDEFINED = [
+    ("spd.solve of a vector", "a batch"),  # a row of a batch is no vector
+    ("block_tridiagonal_inverse", "jvp"),  # torch has no tangent of a complete QR factorisation
+    ("block_tridiagonal_inverse", "forward mode"),
+]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("f", "count", "watch"),
     [
         pytest.param(*CALLS[name], WATCHED[watch], id=f"{name}-{watch}")
         for name, watch in product(CALLS, WATCHED)
-        if (name, watch) != ("spd.solve of a vector", "a batch")  # a row of a batch is no vector
+        if (name, watch) not in UNDEFINED
     ],
 )
 def test_what_asks_for_more_than_values_is_left_to_torch(f, count, watch, taken):
@@ -393,7 +400,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 28  # fourteen routines
+    assert len(_host._pays) == 30  # fifteen routines
 
 
 A2 = np.eye(2)
