@@ -73,10 +73,8 @@ class KroneckerPair:
         # and the inverse is K (I ⊗ I + diag(s_A) ⊗ diag(s_B))⁻¹ Kᵀ. The paper takes symmetric square roots for L; any L
         # with A = L Lᵀ does, and Cholesky factors lose far fewer digits in float32.
         b = self._backend()
-        diagonalised = partial(_host.run, b, blas, _lapack.pencil, partial(_diagonalised, b))
-        (K_A, s_A), (K_B, s_B) = diagonalised(self.A, self.C), diagonalised(self.B, self.D)
-        eigenvalues = 1 + s_B[..., :, None] * s_A[..., None, :]
-        return KroneckerBasis(K_A, K_B, _linalg.reciprocal(b, eigenvalues))
+        native = partial(_inverse, partial(_diagonalised, b))
+        return KroneckerBasis(*_host.run(b, blas, _host_inverse, native, self.A, self.B, self.C, self.D))
 
     def solve(self, V: Any, method: str = "eigh", *, blas: str = "auto") -> Any:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
@@ -154,6 +152,15 @@ class KroneckerPair:
 
     def _backend(self) -> _array.Backend:
         return _array.resolve(A=self.A, B=self.B, C=self.C, D=self.D)
+
+
+def _inverse(diagonalised: Any, A: Any, B: Any, C: Any, D: Any) -> tuple[Any, Any, Any]:
+    (K_A, s_A), (K_B, s_B) = diagonalised(A, C), diagonalised(B, D)
+    eigenvalues = 1 + s_B[..., :, None] * s_A[..., None, :]
+    return K_A, K_B, _linalg.reciprocal(_array.resolve(A=A), eigenvalues)
+
+
+_host_inverse = partial(_inverse, _lapack.pencil)
 
 
 def _diagonalised(b: _array.Backend, M: Any, N: Any) -> tuple[Any, Any]:

@@ -83,8 +83,8 @@ CALLS = {
         lambda A, G, V, blas: applied(Kronecker(A, G).shifted_inverse(0.1, blas=blas), V, blas),
         5,
     ),
-    "KroneckerPair.inverse": (lambda A, G, V, blas: applied(pair(A, G).inverse(blas=blas), V, blas), 5),
-    "KroneckerPair.solve": (lambda A, G, V, blas: pair(A, G).solve(V, blas=blas), 11),
+    "KroneckerPair.inverse": (lambda A, G, V, blas: applied(pair(A, G).inverse(blas=blas), V, blas), 4),
+    "KroneckerPair.solve": (lambda A, G, V, blas: pair(A, G).solve(V, blas=blas), 10),
     "LowRankPlusDiagonal.inverse": (
         lambda A, G, V, blas: tuple(parts(low_rank_of(A, 1.0).inverse(blas=blas))),
         3,
