@@ -1,4 +1,4 @@
-"""The fastest routines of a CPU on single matrices: NumPy's product, SciPy's BLAS and LAPACK in place on one copy.
+"""Who computes with single matrices of a CPU: NumPy and SciPy, by the routines of `_blas` and `_lapack`, or torch.
 
 NumPy's arrays always take them. A torch tensor does, as a view of the same memory, where only its values are asked for
 and a trial, once for each routine and dtype, shows torch's own to be slower: its BLAS is another one, which on some
@@ -8,34 +8,31 @@ a result; `blas="native"` at the call keeps to torch. Each library has its own n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from operator import matmul
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from scipy.linalg import blas as scipy_blas
-from scipy.linalg import lapack
 
-from ._array import NAN, Backend, check_choice
+from ._array import Backend, check_choice
 
 CHOICES = ("auto", "native")
 SIZE, REPETITIONS, FASTER = 257, 8, 0.8  # of a trial; odd as most inputs with their 1: some routines mind
-BLOCK = 64  # rows at once where a matrix meets its transpose: what is read by columns stays in the cache
+PATIENCE = 0.1  # seconds after which a trial takes no further round
 _pays: dict[tuple[Any, Callable[..., Any]], bool] = {}
 
 
 def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., Any], *args: Any) -> Any:
     """host(*args) with NumPy's views in the place of arrays, where that can be and pays; native(*args) elsewhere.
 
-    `host` takes floats and matrices, none of them empty; it changes none.
+    `host` takes floats and arrays of at most two dimensions, none of them empty, and changes none. It returns an array
+    or several.
     """
     check_choice("blas", blas, CHOICES)
     views: Sequence[Any] | None = None
     if b.kind == "numpy":
-        views = args if _are_matrices(args, np.ndarray) else None
+        views = args if _are_single(args, np.ndarray) else None
     elif b.kind == "torch" and blas == "auto" and _pays.get((b.dtype, host), True):
         views = _views(args)
     if views is None:
@@ -48,7 +45,8 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
         _pays[b.dtype, host] = _trial(host, native, views)
         return run(b, blas, host, native, *args)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        return torch.from_numpy(host(*views))
+        result = host(*views)
+    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
 
 def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
@@ -65,18 +63,20 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
-        or not _are_matrices(args, torch.Tensor)
+        or not _are_single(args, torch.Tensor)
     ):
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None  # the trials of several processes could end differently, and their results drift apart
     forward_ad: Any = torch.autograd.forward_ad
-    recording = torch.is_grad_enabled()
+    recording, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     views = []
     for x in args:
         if type(x) is float:
             views.append(x)
-        elif not x.is_cpu or (recording and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None:
+        elif (
+            not x.is_cpu or (recording and x.requires_grad) or (dual and forward_ad.unpack_dual(x).tangent is not None)
+        ):
             return None
         else:
             try:
@@ -86,111 +86,27 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
     return views
 
 
-def _are_matrices(args: Sequence[Any], array: Any) -> bool:
-    return all(type(x) is float or (type(x) is array and x.ndim == 2 and 0 not in x.shape) for x in args)
+def _are_single(args: Sequence[Any], array: Any) -> bool:
+    numbers = float, np.generic
+    return all(isinstance(x, numbers) or (type(x) is array and x.ndim <= 2 and 0 not in x.shape) for x in args)
 
 
 def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence[Any]) -> bool:
     import torch
 
-    i = np.arange(SIZE)
-    S = (1 / (1 + abs(i[:, None] - i))).astype(next(x.dtype for x in views if type(x) is not float))  # definite
-    args = [x if type(x) is float else S for x in views]
-    tensors = [x if type(x) is float else torch.from_numpy(S) for x in views]
+    distance = abs(np.arange(SIZE)[:, None] - np.arange(SIZE))
+    args = []
+    for k, x in enumerate(views):
+        S = 1 / (1 + k + distance)  # definite, and another for each
+        args.append(x if type(x) is float else np.asarray(S[(0,) * (2 - x.ndim)], dtype=x.dtype))
+    tensors = [x if type(x) is float else torch.from_numpy(x) for x in args]
     here: list[float] = []
     there: list[float] = []
     rounds: list[tuple[Any, list[Any], list[float]]] = [(host, args, here), (native, tensors, there)]
     for f, given, seconds in rounds * REPETITIONS:
+        if len(here) == len(there) and sum(here + there) > PATIENCE:
+            break
         start = perf_counter()
         f(*given)
         seconds.append(perf_counter() - start)
     return min(here) < FASTER * min(there)
-
-
-def inverse(M: Any) -> Any:
-    """((M + Mᵀ)/2)⁻¹, exactly symmetric."""
-    L = _cholesky(M)
-    return np.full_like(M, NAN) if L is None else _mirrored(_routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
-
-
-def solve(M: Any, X: Any) -> Any:
-    """((M + Mᵀ)/2)⁻¹ X."""
-    L = _cholesky(M)
-    return np.full_like(X, NAN) if L is None else _substituted(L, X)
-
-
-def cholesky(M: Any) -> Any:
-    """Lower L with L Lᵀ = (M + Mᵀ)/2."""
-    L = _cholesky(M, clean=1)
-    return np.full_like(M, NAN) if L is None else L
-
-
-def substituted(L: Any, X: Any) -> Any:
-    """(L Lᵀ)⁻¹ X."""
-    d = np.diagonal(L)
-    return _substituted(L, X) if np.isfinite(d).all() and d.all() else np.full_like(X, NAN)
-
-
-def moment(x: Any) -> Any:
-    """xᵀx / N for x (N, n), exactly symmetric."""
-    return _mirrored(_rank_n(x, 1 / len(x)))
-
-
-def updated(decay: float, C: Any, x: Any) -> Any:
-    """decay C + (1 - decay) xᵀx / N, exactly symmetric, for symmetric C."""
-    X = np.multiply(C.T, decay, order="F")
-    return _mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
-
-
-def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
-    """alpha xᵀx, the lower triangle, added to c where there is one."""
-    a, trans = (x, 1) if x.flags.f_contiguous else (x.T, 0)  # in the order that BLAS reads
-    return _routine(scipy_blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
-
-
-def _cholesky(M: Any, clean: int = 0) -> Any:
-    """Lower L in LAPACK's order, None where (M + Mᵀ)/2 is not definite; unless `clean`, with anything above it."""
-    X = 0.5 * M  # halved first: the sum of two large entries may overflow
-    for i in range(0, len(M), BLOCK):
-        columns = slice(i, i + BLOCK)
-        X[:i, columns] += X[columns, :i].T
-        X[columns, columns] += X[columns, columns].T.copy()
-    L, info = _routine(lapack, M, "potrf")(X.T, lower=1, clean=clean, overwrite_a=1)
-    return L if info == 0 and math.isfinite(L.trace()) else None
-
-
-def _substituted(L: Any, X: Any) -> Any:
-    """(L Lᵀ)⁻¹ X, from the side on which neither L nor X is copied into another order."""
-    C, lower = (L, 1) if L.flags.f_contiguous else (L.T, 0)
-    if X.flags.f_contiguous or not X.flags.c_contiguous:
-        return _routine(lapack, L, "potrs")(C, X, lower=lower)[0]
-    Y = X.copy().T
-    for trans in (lower, 1 - lower):
-        Y = _routine(scipy_blas, L, "trsm")(1.0, C, Y, side=1, lower=lower, trans_a=trans, overwrite_b=1)
-    return Y.T
-
-
-def _mirrored(X: Any) -> Any:
-    """The symmetric matrix whose lower triangle is that of X, in the place of X."""
-    _copy_up_to_low(X.T)  # rows lie together in the transpose
-    return X.T
-
-
-def _copy_up_to_low(X: Any) -> None:
-    n = len(X)
-    if n <= BLOCK:
-        np.copyto(X.T, X, where=_above(n))
-    else:
-        h = n // 2
-        X[h:, :h] = X[:h, h:].T
-        _copy_up_to_low(X[:h, :h])
-        _copy_up_to_low(X[h:, h:])
-
-
-@lru_cache
-def _above(n: int) -> Any:
-    return ~np.tri(n, dtype=bool)
-
-
-def _routine(library: Any, x: Any, name: str) -> Any:
-    return getattr(library, {"f": "s", "d": "d"}[x.dtype.char] + name)

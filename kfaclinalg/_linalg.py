@@ -174,8 +174,8 @@ def reciprocal(b: Backend, eigenvalues: Any) -> Any:
     xp = b.xp
     if 0 in eigenvalues.shape[-2:]:
         return eigenvalues  # the largest of none
-    smallest = b.eps * xp.max(xp.abs(eigenvalues), axis=(-2, -1), keepdims=True)
-    definite = xp.all(eigenvalues > smallest, axis=(-2, -1), keepdims=True)
+    smallest, largest = (f(eigenvalues, axis=(-2, -1), keepdims=True) for f in (xp.min, xp.max))
+    definite = smallest > b.eps * largest  # of either sign: not where the largest is negative
     return 1 / xp.where(definite, eigenvalues, NAN)
 
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from . import _array, _host, _linalg
+from . import _array, _blas, _host, _linalg
 
 
 def moment(b: _array.Backend, blas: str, x: Any) -> Any:
     """xᵀx / N, exactly symmetric."""
-    return _host.run(b, blas, _host.moment, _moment, x)
+    return _host.run(b, blas, _blas.moment, _moment, x)
 
 
 def updated(b: _array.Backend, blas: str, decay: float, C: Any, x: Any) -> Any:
     """decay C + (1 - decay) xᵀx / N for symmetric C, exactly symmetric if C is."""
-    return _host.run(b, blas, _host.updated, _updated, decay, C, x)
+    return _host.run(b, blas, _blas.updated, _updated, decay, C, x)
 
 
 def cross(x: Any, y: Any) -> Any:

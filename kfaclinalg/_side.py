@@ -5,9 +5,10 @@ All are symmetric but the dense one, which `@` uses as given. M.shape[-1] is n f
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from . import _array, _host, _linalg, spd
+from . import _array, _host, _lapack, _linalg, spd
 from ._value import leaves
 from .cholesky_inverse import CholeskyInverse
 from .low_rank import Diagonal, LowRankPlusDiagonal
@@ -47,23 +48,42 @@ def apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
 
 def inverse(M: Any, method: str, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
-    if isinstance(M, STRUCTURED):
+    if isinstance(M, Diagonal | CholeskyInverse):
         return M.inverse()
+    if isinstance(M, LowRankPlusDiagonal):
+        return M.inverse(blas=blas)
     return CholeskyInverse(spd.cholesky(M, blas=blas)) if method == "cholesky" else spd.inverse(M, blas=blas)
+
+
+def damped_inverse(b: _array.Backend, M: Any, shift: Any, method: str, blas: str) -> Any:
+    """(M + shift I)⁻¹ for a shift (...), the sum of a single dense M made where it is factorised."""
+    if isinstance(M, STRUCTURED) or shift.ndim:
+        return inverse(shifted(b, M, shift), method, blas)
+    host = _lapack.factor if method == "cholesky" else _lapack.inverse
+    made = _host.run(b, blas, host, partial(_damped, b, method), M, shift)
+    return CholeskyInverse(made) if method == "cholesky" else made
+
+
+def _damped(b: _array.Backend, method: str, M: Any, shift: Any) -> Any:
+    return (spd.cholesky if method == "cholesky" else spd.inverse)(shifted(b, M, shift), blas="native")
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
-    return M.solve(X) if isinstance(M, STRUCTURED) else spd.solve(M, X, blas=blas)
+    if isinstance(M, Diagonal | CholeskyInverse):
+        return M.solve(X)
+    return M.solve(X, blas=blas) if isinstance(M, LowRankPlusDiagonal) else spd.solve(M, X, blas=blas)
 
 
-def inverse_root(M: Any, p: float) -> Any:
+def inverse_root(M: Any, p: float, blas: str) -> Any:
     """Of the same kind, save that a `LowRankPlusDiagonal` has a dense one."""
-    return M.inverse_root(p) if isinstance(M, Diagonal) else spd.inverse_root(dense(M), p)
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.inverse_root(p) if isinstance(M, Diagonal) else spd.inverse_root(dense(M), p, blas=blas)
 
 
-def logdet(M: Any) -> Any:
-    return M.logdet() if isinstance(M, STRUCTURED) else spd.logdet(M)
+def logdet(M: Any, blas: str) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    return M.logdet() if isinstance(M, STRUCTURED) else spd.logdet(M, blas=blas)
 
 
 def trace(b: _array.Backend, M: Any) -> Any:
@@ -78,9 +98,9 @@ def dense(M: Any) -> Any:
     return M.to_dense() if isinstance(M, STRUCTURED) else M
 
 
-def eigh(b: _array.Backend, M: Any) -> tuple[Any, Any]:
+def eigh(b: _array.Backend, M: Any, blas: str) -> tuple[Any, Any]:
     """Eigenvalues (..., n) and eigenvectors (..., n, n) of the symmetric part."""
-    return _linalg.eigh(b, _linalg.symmetrised(dense(M)))
+    return _host.run(b, blas, _lapack.eigh, lambda M: _linalg.eigh(b, _linalg.symmetrised(M)), dense(M))
 
 
 def shifted(b: _array.Backend, M: Any, shift: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from . import _array, _linalg
+from . import _array, _lapack, _linalg
 
 
 class Factorisation(NamedTuple):
@@ -25,6 +25,18 @@ class Factorisation(NamedTuple):
     logdet: Any  # (...)
 
 
+def inverse(b: _array.Backend, method: str, U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
+    """Those of the inverse, which is of the same form."""
+    d, T, J, _ = factorise(b, U, s, d, method)
+    return T / b.xp.sqrt(d)[..., None], -J, 1 / d
+
+
+def host_inverse(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
+    if (s > 0).all():
+        return _lapack.positive_woodbury(U, s, d)
+    return inverse(_array.resolve(U=U), "woodbury", U, s, d)
+
+
 def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factorisation:
     """By one of METHODS, for U (..., n, k), s (..., k) and d (..., n). 14 n k² flops."""
     xp, (n, k) = b.xp, U.shape[-2:]
@@ -33,10 +45,11 @@ def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factori
     proper = (proper & xp.all(xp.isfinite(U), axis=(-2, -1)))[..., None]
     d, s = xp.where(proper, d, _array.NAN), xp.where(proper, s, _array.NAN)
     W = U * xp.sqrt(xp.abs(s))[..., None, :] / xp.sqrt(d)[..., None]
-    order = xp.argsort(s, axis=-1, descending=True)
-    J = xp.take_along_axis(s, order, axis=-1)
-    J = xp.where(J > 0, 1.0, xp.where(J < 0, -1.0, J))  # not xp.sign: torch's `vmap` does not take array-api-compat's
-    W = xp.take_along_axis(W, xp.broadcast_to(order[..., None, :], W.shape), axis=-1)
+    if method == "sherman-morrison":  # of the positive s first
+        order = xp.argsort(s, axis=-1, descending=True)
+        s = xp.take_along_axis(s, order, axis=-1)
+        W = xp.take_along_axis(W, xp.broadcast_to(order[..., None, :], W.shape), axis=-1)
+    J = xp.where(s > 0, 1.0, xp.where(s < 0, -1.0, s))  # not xp.sign: torch's `vmap` does not take array-api-compat's
     T, pivots = METHODS[method](b, W, J) if k else (W, s)
     # What is rounded in a pivot 1 - wᵀ y is a few eps (1 + ‖w‖ ‖y‖), with ‖y‖ <= 1 where M is definite, and what the
     # one step of refinement leaves of y; in a diagonal entry of I - T J Tᵀ, a few eps. Less has no certain sign.

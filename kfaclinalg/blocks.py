@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
-from . import _array, _conversions, _linalg
+from . import _array, _conversions, _host, _linalg
 from ._value import leaves, value
 from .kronecker import Kronecker
+from .kronecker_basis import KroneckerBasis
 
 
 @value
@@ -103,7 +104,7 @@ class BlockTridiagonalInverse:
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
 
     def apply(self, Vs: Sequence[Any], /, *, blas: str = "auto") -> tuple[Any, ...]:
-        """F̂⁻¹ (V_1, ..., V_l), `blas` as in `Kronecker.apply` for the last of Λ.
+        """F̂⁻¹ (V_1, ..., V_l), `blas` as in `Kronecker.apply`.
 
         Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ.
         """
@@ -114,11 +115,12 @@ class BlockTridiagonalInverse:
         Xs = [_array.operand(b, f"Vs[{i}]", V, block.shape) for i, (block, V) in enumerate(layers)]
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
         # up-sweep: Ξ
-        Us = [X - G @ above @ A.mT for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]
+        less = partial(_host.run, b, blas, _less, _less)
+        Us = [less(X, G, above, A) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]
         # solve: Λ
         Us = [_applied(block, U, blas) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]
         # down-sweep: Ξᵀ
-        Ws = [U - G.mT @ below @ A for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
+        Ws = [less(U, G.mT, below, A.mT) for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
         return tuple(_array.narrowed(b, W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
 
     __matmul__ = apply
@@ -143,7 +145,11 @@ class BlockTridiagonalInverse:
 
 
 def _applied(block: Any, V: Any, blas: str) -> Any:
-    return block.apply(V, blas=blas) if isinstance(block, Kronecker) else block @ V
+    return block.apply(V, blas=blas) if isinstance(block, Kronecker | KroneckerBasis) else block @ V
+
+
+def _less(X: Any, G: Any, Y: Any, A: Any) -> Any:
+    return X - G @ Y @ A.mT
 
 
 def _assembled(blocks: dict[tuple[int, int], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _host, _linalg
+from . import _array, _conversions, _host, _lapack, _linalg
 from ._value import value
 
 
@@ -48,7 +48,7 @@ class CholeskyInverse:
         """L⁻ᵀ L⁻¹ X for X (..., n, r), as `@`; `blas` as in `spd.inverse`. 2 n² r flops."""
         b = self._backend()
         Y = self._operand(b, X)
-        return _array.narrowed(b, _host.run(b, blas, _host.substituted, partial(_substituted, b), self.L, Y), X.dtype)
+        return _array.narrowed(b, _host.run(b, blas, _lapack.substituted, partial(_substituted, b), self.L, Y), X.dtype)
 
     def __matmul__(self, X: Any) -> Any:
         """L⁻ᵀ L⁻¹ X for X (..., n, r). 2 n² r flops."""

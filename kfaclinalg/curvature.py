@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from . import _array, _linalg
+from . import _array, _host, _lapack, _linalg, _side
 from ._typing import Scalar
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .damping import factored_tikhonov
+from .damping import factored_tikhonov, tikhonov_pi
 from .factors import Factors, LayerFactors
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
@@ -32,8 +33,14 @@ def block_diagonal_inverse(
     >>> (block_diagonal_inverse(factors, 0.0) @ (np.asarray([[6.0, 3.0]]),))[0]
     array([[2., 1.]])
     """
-    damped = (factored_tikhonov(layer, gamma, norm=norm) for layer in factors.layers)
-    return BlockDiagonal(tuple(Kronecker(*layer).inverse(method=method, blas=blas) for layer in damped))
+    gamma = _array.nonnegative("gamma", gamma)
+    _array.check_choice("method", method, _side.INVERSES)
+    blocks = []
+    for layer in factors.layers:
+        b, pi = _side.resolve(A=layer.A, G=layer.G), tikhonov_pi(layer, norm=norm)
+        damped = ((layer.A, gamma * pi), (layer.G, gamma / pi))
+        blocks.append(Kronecker(*(_side.damped_inverse(b, M, shift, method, blas) for M, shift in damped)))
+    return BlockDiagonal(tuple(blocks))
 
 
 def block_tridiagonal_inverse(
@@ -43,7 +50,7 @@ def block_tridiagonal_inverse(
 
     γ damps the factors of the layers, never the links, which come from the same samples. A layer that is not positive
     definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops. `blas` is as in
-    `Kronecker.apply`, for the last layer.
+    `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`; or there is not one link fewer than layers, or one of them
@@ -64,7 +71,7 @@ def block_tridiagonal_inverse(
     # I ⊗ I - diag(s_A) ⊗ diag(s_G) (Appendix B).
     Psi_A, Psi_G, Lambda = [], [], []
     for (lower, upper), link in zip(pairwise(layers), factors.links, strict=True):
-        (Psi, K_A, s_A), (Phi, K_G, s_G) = map(_conditional, lower, upper, link)
+        (Psi, K_A, s_A), (Phi, K_G, s_G) = map(partial(_conditional, blas), lower, upper, link)
         Psi_A.append(Psi)
         Psi_G.append(Phi)
         b = _array.resolve(K_A=K_A)
@@ -73,10 +80,11 @@ def block_tridiagonal_inverse(
     return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse(blas=blas)))
 
 
-def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagonal:
+def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = "auto") -> BlockDiagonal:
     """The blocks (A_i ⊗ G_i + damping I)⁻¹ exactly, without the factored approximation (eqn 6). Links are not used.
 
     `damping` is λ + η, what is added to the curvature itself: γ² of the factored form. About Σ 9 (n_i³ + m_i³) flops.
+    `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `Kronecker.shifted_inverse`, or no layers.
@@ -87,18 +95,25 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     >>> (exactly_damped_inverse(factors, 1.0) @ (np.ones((1, 1)),))[0]
     array([[0.25]])
     """
-    return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping) for layer in factors.layers))
+    return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping, blas=blas) for layer in factors.layers))
 
 
-def low_rank_inverse(
-    factors: Factors, gamma: Scalar, /, *, rank: int, norm: str = "trace", start: BlockDiagonal | None = None
+def low_rank_inverse(  # noqa: PLR0913 - each of them is the caller's to choose
+    factors: Factors,
+    gamma: Scalar,
+    /,
+    *,
+    rank: int,
+    norm: str = "trace",
+    start: BlockDiagonal | None = None,
+    blas: str = "auto",
 ) -> BlockDiagonal:
     """`block_diagonal_inverse` with A <- rank_k(A) and G <- rank_k(G - diag G) + diag G. Links are not used.
 
     The blocks are `Kronecker` products of `LowRankPlusDiagonal` inverses, in O(k (n_i + m_i)) memory. `low_rank` takes
     about Σ 16 k (n_i² + m_i²) flops, and Σ 14 k² (n_i + m_i) invert. An earlier result of this function as `start`, for
     factors that have changed little since, leaves a smaller error. A side smaller than the rank is kept whole. A layer
-    whose truncated G is not positive definite when damped becomes NaN.
+    whose truncated G is not positive definite when damped becomes NaN. `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov` and `low_rank`; or no layers, or `start` is not of this form.
@@ -115,7 +130,7 @@ def low_rank_inverse(
         A_k = low_rank(A, min(rank, A.shape[-1]), start=A_start)
         G_k = low_rank_plus_diagonal(G, min(rank, G.shape[-1]), start=G_start)
         truncated.append(LayerFactors(A_k, G_k))
-    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm)
+    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm, blas=blas)
 
 
 def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:
@@ -132,9 +147,13 @@ def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
-def _conditional(M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
+def _conditional(blas: str, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
     """One side of a layer given the next: Psi, K and s from the damped factors of both and their link X."""
     b = _array.resolve(factor=M, above=above, link=X)
+    return _host.run(b, blas, _lapack.conditional, partial(_factorised, b), M, above, X)
+
+
+def _factorised(b: _array.Backend, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
     L, L_above = (_linalg.cholesky(b, _linalg.symmetrised(N)) for N in (M, above))
     Y_T = _linalg.forward_substitution(b, L_above, X.mT)
     Psi = _linalg.back_substitution(b, L_above, Y_T).mT

@@ -67,4 +67,4 @@ def _size(b: _array.Backend, M: Any, norm: str) -> Any:
         return _side.trace(b, M) / max(n, 1)
     if norm == "frobenius":
         return b.xp.linalg.matrix_norm(_side.dense(M)) / n**0.5
-    return b.xp.max(b.xp.abs(_side.eigh(b, M)[0]), axis=-1)
+    return b.xp.max(b.xp.abs(_side.eigh(b, M, "native")[0]), axis=-1)

@@ -130,11 +130,11 @@ class Kronecker:
         X = self._operand(b, V)
         return _array.narrowed(b, _side.solve(self.A, _side.solve(self.B, X, blas).mT, blas).mT, V.dtype)
 
-    def inverse_root(self, p: float) -> Kronecker:
+    def inverse_root(self, p: float, *, blas: str = "auto") -> Kronecker:
         """A^(-1/p) ⊗ B^(-1/p). About 9 (n³ + m³) flops; that of a `LowRankPlusDiagonal` is dense."""
-        return Kronecker(_side.inverse_root(self.A, p), _side.inverse_root(self.B, p))
+        return Kronecker(_side.inverse_root(self.A, p, blas), _side.inverse_root(self.B, p, blas))
 
-    def shifted_inverse(self, shift: Scalar) -> KroneckerBasis:
+    def shifted_inverse(self, shift: Scalar, *, blas: str = "auto") -> KroneckerBasis:
         """(A ⊗ B + shift I)⁻¹, exactly (eqn 6). About 9 (n³ + m³) flops.
 
         With A = Q_A diag(a) Q_Aᵀ and B = Q_B diag(b) Q_Bᵀ the sum is Q diag(vec(b aᵀ + shift)) Qᵀ, Q = Q_A ⊗ Q_B. Only
@@ -142,15 +142,15 @@ class Kronecker:
         """
         b = self._backend()
         shift = _array.nonnegative("shift", shift)
-        (a, Q_A), (c, Q_B) = (_side.eigh(b, M) for M in (self.A, self.B))
+        (a, Q_A), (c, Q_B) = (_side.eigh(b, M, blas) for M in (self.A, self.B))
         return KroneckerBasis(
             Q_A, Q_B, _linalg.reciprocal(b, c[..., :, None] * a[..., None, :] + _array.per_member(shift))
         )
 
-    def logdet(self) -> Any:
+    def logdet(self, *, blas: str = "auto") -> Any:
         """m log det A + n log det B (...). (n³ + m³)/3 flops."""
         m, n = self.shape
-        return m * _side.logdet(self.A) + n * _side.logdet(self.B)
+        return m * _side.logdet(self.A, blas) + n * _side.logdet(self.B, blas)
 
     def trace(self) -> Any:
         """tr(A) tr(B) (...). n + m flops."""

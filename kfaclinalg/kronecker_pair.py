@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _linalg, spd
+from . import _array, _conversions, _host, _lapack, _linalg, spd
 from ._value import value
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
@@ -49,18 +49,22 @@ class KroneckerPair:
         """(m, n), the shape of the matrices that it acts on."""
         return (self.B.shape[-1], self.A.shape[-1])
 
-    def __matmul__(self, V: Any) -> Any:
-        """B V Aᵀ + D V Cᵀ (..., m, n). 4 m n (m + n) flops."""
+    def apply(self, V: Any, /, *, blas: str = "auto") -> Any:
+        """B V Aᵀ + D V Cᵀ (..., m, n), as `@`. 4 m n (m + n) flops. `blas` is as in `Kronecker.apply`."""
         b = self._backend()
         X = _array.operand(b, "V", V, self.shape)
-        first, second = self._terms()
-        return _array.narrowed(b, first @ X + second @ X, V.dtype)
+        first, second = (term.apply(X, blas=blas) for term in self._terms())
+        return _array.narrowed(b, first + second, V.dtype)
 
-    def inverse(self, method: str = "eigh") -> KroneckerBasis:
+    def __matmul__(self, V: Any) -> Any:
+        """B V Aᵀ + D V Cᵀ (..., m, n). 4 m n (m + n) flops."""
+        return self.apply(V)
+
+    def inverse(self, method: str = "eigh", *, blas: str = "auto") -> KroneckerBasis:
         """(A ⊗ B + C ⊗ D)⁻¹ by one generalised symmetric eigenproblem a factor. About 11 (n³ + m³) flops.
 
         A and B are inverted: the backward error is of the order eps cond(A) cond(B), even where the pair is well
-        conditioned. `solve` is refined.
+        conditioned. `solve` is refined. Here and below `blas` is as in `Kronecker.apply`.
         """
         _array.check_choice("method", method, ("eigh",))
         # With A = L Lᵀ and the eigendecomposition L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C
@@ -69,12 +73,10 @@ class KroneckerPair:
         # and the inverse is K (I ⊗ I + diag(s_A) ⊗ diag(s_B))⁻¹ Kᵀ. The paper takes symmetric square roots for L; any L
         # with A = L Lᵀ does, and Cholesky factors lose far fewer digits in float32.
         b = self._backend()
-        K_A, s_A = _diagonalised(b, self.A, self.C)
-        K_B, s_B = _diagonalised(b, self.B, self.D)
-        eigenvalues = 1 + s_B[..., :, None] * s_A[..., None, :]
-        return KroneckerBasis(K_A, K_B, _linalg.reciprocal(b, eigenvalues))
+        native = partial(_inverse, partial(_diagonalised, b))
+        return KroneckerBasis(*_host.run(b, blas, _host_inverse, native, self.A, self.B, self.C, self.D))
 
-    def solve(self, V: Any, method: str = "eigh") -> Any:
+    def solve(self, V: Any, method: str = "eigh", *, blas: str = "auto") -> Any:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
 
         "eigh" is `inverse() @ V`, refined twice by its residual. "smith" is the squared Smith iteration, matrix
@@ -84,7 +86,7 @@ class KroneckerPair:
         _array.check_choice("method", method, ("eigh", "smith"))
         b = self._backend()
         X = _array.operand(b, "V", V, self.shape)
-        return _array.narrowed(b, self._smith(X) if method == "smith" else self._refined(X), V.dtype)
+        return _array.narrowed(b, self._smith(X, blas) if method == "smith" else self._refined(X, blas), V.dtype)
 
     def logdet(self) -> Any:
         """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse. About 12 (n³ + m³) flops."""
@@ -105,25 +107,26 @@ class KroneckerPair:
         first, second = self._terms()
         return first.to_dense() + second.to_dense()
 
-    def _refined(self, V: Any) -> Any:
-        inverse = self.inverse()
-        U = inverse @ V
+    def _refined(self, V: Any, blas: str) -> Any:
+        inverse = self.inverse(blas=blas)
+        U = inverse.apply(V, blas=blas)
         for _ in range(REFINEMENTS):
-            U = U + inverse @ (V - self @ U)
+            U = U + inverse.apply(V - self.apply(U, blas=blas), blas=blas)
         return U
 
-    def _smith(self, V: Any) -> Any:
+    def _smith(self, V: Any, blas: str) -> Any:
         """U = Σ_k (-1)^k P^k W Q^k with P = B⁻¹D, Q = C A⁻¹ and W = B⁻¹ V A⁻¹, 2^j terms after j squarings.
 
         P and Q grow and shrink together: only their product matters, so that each step gives them equal norms.
         """
         b = self._backend()
         xp, sign = b.xp, -1.0
-        W = spd.solve(self.A, spd.solve(self.B, V).mT).mT
+        solve = partial(spd.solve, blas=blas)
+        W = solve(self.A, solve(self.B, V).mT).mT
         size = xp.sum(xp.abs(W), axis=(-2, -1), keepdims=True)
         size = xp.where(size > 0, size, 1.0)  # what is small beside U must not underflow
         U = W / size
-        P, Q = spd.solve(self.B, self.D), spd.solve(self.A, self.C.mT).mT
+        P, Q = solve(self.B, self.D), solve(self.A, self.C.mT).mT
         for _ in range(SQUARINGS):
             p, q = (xp.linalg.matrix_norm(M, keepdims=True) for M in (P, Q))
             lost = (p == 0) | (q == 0)
@@ -149,6 +152,15 @@ class KroneckerPair:
 
     def _backend(self) -> _array.Backend:
         return _array.resolve(A=self.A, B=self.B, C=self.C, D=self.D)
+
+
+def _inverse(diagonalised: Any, A: Any, B: Any, C: Any, D: Any) -> tuple[Any, Any, Any]:
+    (K_A, s_A), (K_B, s_B) = diagonalised(A, C), diagonalised(B, D)
+    eigenvalues = 1 + s_B[..., :, None] * s_A[..., None, :]
+    return K_A, K_B, _linalg.reciprocal(_array.resolve(A=A), eigenvalues)
+
+
+_host_inverse = partial(_inverse, _lapack.pencil)
 
 
 def _diagonalised(b: _array.Backend, M: Any, N: Any) -> tuple[Any, Any]:

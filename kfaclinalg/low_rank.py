@@ -5,9 +5,10 @@ They take O(n k) memory, and their inverses, of the same form, O(n k²) flops.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _linalg, _subspace, _woodbury
+from . import _array, _conversions, _host, _linalg, _subspace, _woodbury
 from ._value import value
 from .diagonal import Diagonal
 
@@ -61,32 +62,33 @@ class LowRankPlusDiagonal:
         b = self._backend()
         return _array.narrowed(b, self._apply(self._operand(b, X)), X.dtype)
 
-    def inverse(self, method: str = "woodbury") -> LowRankPlusDiagonal:
+    def inverse(self, method: str = "woodbury", *, blas: str = "auto") -> LowRankPlusDiagonal:
         """diag(1/d) minus a correction of rank k, by "woodbury" or "sherman-morrison". 14 n k² flops.
 
         Such a difference is known to eps max(1/d): the backward error is of the order eps ‖M‖ max(‖M⁻¹‖, 1/d), and a
-        member is NaN where no digit of a diagonal entry of M⁻¹ is left.
+        member is NaN where no digit of a diagonal entry of M⁻¹ is left. `blas` is as in `spd.inverse`, for "woodbury".
 
         Raises:
             ValueError: an unknown method.
         """
         b = self._backend()
         _array.check_choice("method", method, _woodbury.METHODS)
-        d, T, J, _ = _woodbury.factorise(b, self.U, self.s, self.d, method)
-        return LowRankPlusDiagonal(T / b.xp.sqrt(d)[..., None], -J, 1 / d)
+        _array.check_choice("blas", blas, _host.CHOICES)
+        native = partial(_woodbury.inverse, b, method)
+        if method != "woodbury":
+            return LowRankPlusDiagonal(*native(self.U, self.s, self.d))
+        return LowRankPlusDiagonal(*_host.run(b, blas, _woodbury.host_inverse, native, self.U, self.s, self.d))
 
-    def solve(self, X: Any) -> Any:
-        """M⁻¹ X for X (..., n, r): `inverse() @ X`, refined. 14 n k² + 28 n k r flops.
+    def solve(self, X: Any, *, blas: str = "auto") -> Any:
+        """M⁻¹ X for X (..., n, r): `inverse() @ X`, refined. 14 n k² + 28 n k r flops. `blas` is as in `inverse`.
 
         Each step of refinement takes a factor of about κ eps off the residual, κ = ‖M‖ max(‖M⁻¹‖, 1/d): three of them
-        make the solution backward stable up to κ = eps^(-3/4).
+        make the solution backward stable up to κ = eps^(-3/4). NumPy stops after a step of at most √eps / 10 of
+        the solution, since the next one would be below eps.
         """
         b = self._backend()
         Y = self._operand(b, X)
-        inverse = self.inverse()
-        Z = inverse._apply(Y)
-        for _ in range(REFINEMENTS):
-            Z = Z + inverse._apply(Y - self._apply(Z))
+        Z = _host.run(b, blas, _solve, partial(_solve, blas="native"), self.U, self.s, self.d, Y)
         return _array.narrowed(b, Z, X.dtype)
 
     def logdet(self) -> Any:
@@ -118,6 +120,23 @@ class LowRankPlusDiagonal:
         Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
         _array.check_batches(**self._batches(), X=X.shape[:-2])
         return Y
+
+
+def _solve(U: Any, s: Any, d: Any, X: Any, blas: str = "auto") -> Any:
+    M = LowRankPlusDiagonal(U, s, d)
+    b = M._backend()
+    inverse = M.inverse(blas=blas)
+    Z = inverse._apply(X)
+    for _ in range(REFINEMENTS):
+        step = inverse._apply(X - M._apply(Z))
+        Z = Z + step
+        if b.kind == "numpy" and bool(b.xp.all(_size(b, step) <= 0.1 * b.eps**0.5 * _size(b, Z))):
+            break
+    return Z
+
+
+def _size(b: _array.Backend, X: Any) -> Any:
+    return b.xp.max(b.xp.abs(X), axis=-2) if X.shape[-2] else b.xp.sum(X, axis=-2)
 
 
 def low_rank(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _host, _linalg
+from . import _array, _host, _lapack, _linalg, _newton_schulz
 from ._typing import ArrayT
 
 
@@ -28,7 +28,7 @@ def inverse(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     array([[0.25]])
     """
     b = _matrix(M)
-    return _host.run(b, blas, _host.inverse, partial(_inverse, b), M)
+    return _host.run(b, blas, _lapack.inverse, partial(_inverse, b), M)
 
 
 def cholesky(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
@@ -43,7 +43,7 @@ def cholesky(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
            [1., 1.]])
     """
     b = _matrix(M)
-    return _host.run(b, blas, _host.cholesky, partial(_cholesky, b), M)
+    return _host.run(b, blas, _lapack.factor, partial(_cholesky, b), M)
 
 
 def solve(M: ArrayT, X: ArrayT, /, *, blas: str = "auto") -> ArrayT:
@@ -64,11 +64,11 @@ def solve(M: ArrayT, X: ArrayT, /, *, blas: str = "auto") -> ArrayT:
         return solve(M, X[:, None], blas=blas)[..., 0]
     _array.check_batches(M=M.shape[:-2], X=X.shape[:-2])
     X_wide = _array.operand(b, "X", X, (M.shape[-1], X.shape[-1]))
-    return _array.narrowed(b, _host.run(b, blas, _host.solve, partial(_solve, b), M, X_wide), X.dtype)
+    return _array.narrowed(b, _host.run(b, blas, _lapack.solve, partial(_solve, b), M, X_wide), X.dtype)
 
 
-def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
-    """M^(-1/p) (..., n, n) for p > 0, by the eigendecomposition of M. About 9 n³ flops.
+def inverse_root(M: ArrayT, p: float, /, *, blas: str = "auto") -> ArrayT:
+    """M^(-1/p) (..., n, n) for p > 0, by the eigendecomposition of M. About 9 n³ flops. `blas` is as in `inverse`.
 
     Raises:
         TypeError, ValueError: M is not a square float32 or float64 array, or p is not positive.
@@ -80,15 +80,13 @@ def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
     """
     _array.check_positive("p", p)
     b = _matrix(M)
-    w, Q = _linalg.eigh(b, _linalg.symmetrised(M))
-    definite = b.xp.all(w > 0, axis=-1)[..., None]
-    root = b.xp.where(definite, w, _array.NAN) ** (-0.5 / p)
-    K = Q * root[..., None, :]
-    return _linalg.symmetrised(K @ K.mT)
+    return _host.run(b, blas, _lapack.inverse_root, partial(_inverse_root, b), float(p), M)
 
 
-def logdet(M: ArrayT, /) -> ArrayT:
+def logdet(M: ArrayT, /, *, blas: str = "auto") -> ArrayT:
     """log det M (...), as the sum of the logarithms of the Cholesky factor's diagonal. n³/3 flops.
+
+    `blas` is as in `inverse`.
 
     Raises:
         TypeError, ValueError: M is not a square float32 or float64 array.
@@ -98,8 +96,7 @@ def logdet(M: ArrayT, /) -> ArrayT:
     0.0
     """
     b = _matrix(M)
-    diagonal = b.xp.linalg.diagonal(_cholesky(b, M))
-    return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
+    return _host.run(b, blas, _lapack.logdet, partial(_logdet, b), M)
 
 
 def newton_schulz_inverse(
@@ -121,45 +118,7 @@ def newton_schulz_inverse(
     """
     b = _matrix(M)
     tolerance = _newton_schulz_options(b, M, start, iterations, tolerance)
-    xp, I = b.xp, b.eye(M.shape[-1])
-    d = xp.linalg.diagonal(M)
-    proper = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(d > 0, axis=-1)
-    M = _linalg.symmetrised(xp.where(proper[..., None, None], M, I))
-    # The unknown is the inverse of H = D^-½ M D^-½, better conditioned; where an entry exceeds the diagonal's 1, M is
-    # not definite.
-    root = xp.sqrt(xp.linalg.diagonal(M))
-    scale = root[..., :, None] * root[..., None, :]
-    H = M / scale
-    proper = proper & xp.all(xp.abs(H) < 2, axis=(-2, -1))
-    H = xp.where(proper[..., None, None], H, I)
-    X = _newton_schulz_start(b, H, None if start is None else _linalg.symmetrised(start) * scale)
-    for _ in range(iterations):
-        R = I - H @ X
-        bounded = xp.linalg.matrix_norm(R) < 1 / b.eps  # where M is not definite R may grow: NaN before it overflows
-        X = xp.where(bounded[..., None, None], X + X @ R, _array.NAN)
-    X = X / scale  # not symmetrised: that would square the condition number in I - M X
-    accepted = proper & (xp.linalg.matrix_norm(I - M @ X) <= tolerance)
-    return xp.where(accepted[..., None, None], X, _array.NAN)
-
-
-def _newton_schulz_start(b: _array.Backend, H: Any, earlier: Any | None) -> Any:
-    """I / ‖H‖ or, where that must converge, the best multiple a of the earlier inverse, which must be definite.
-
-    H times a definite matrix has real eigenvalues μ, with the signs of those of H: from here the iteration converges if
-    and only if all are in (0, 2), and then H is definite. Σ (1 - a μ)² = n - 2 a tr P + a² tr P² < 1 is enough.
-    """
-    xp, n, norm = b.xp, H.shape[-1], b.xp.linalg.matrix_norm
-    cold = b.eye(n) / xp.minimum(norm(H), norm(H, ord=1))[..., None, None]  # both bound the largest eigenvalue
-    if earlier is None:
-        return cold
-    finite = xp.all(xp.isfinite(earlier), axis=(-2, -1))[..., None, None]
-    earlier = xp.where(finite, earlier, -b.eye(n))
-    definite = xp.all(xp.linalg.diagonal(_linalg.cholesky(b, earlier)) > 0, axis=-1)
-    P = H @ earlier
-    trace, square = xp.linalg.trace(P), xp.sum(P * P.mT, axis=(-2, -1))
-    near = definite & (square > 0) & (n * square - trace * trace < square)
-    a = trace / xp.where(near, square, 1.0)
-    return xp.where(near[..., None, None], a[..., None, None] * earlier, cold)
+    return _newton_schulz.inverse(b, M, start, iterations, tolerance)
 
 
 def _newton_schulz_options(b: Any, M: Any, start: Any | None, iterations: int, tolerance: float | None) -> float:
@@ -185,6 +144,19 @@ def _inverse(b: Any, M: Any) -> Any:
 def _solve(b: Any, M: Any, X: Any) -> Any:
     L = _cholesky(b, M)
     return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
+
+
+def _inverse_root(b: Any, p: float, M: Any) -> Any:
+    w, Q = _linalg.eigh(b, _linalg.symmetrised(M))
+    definite = b.xp.all(w > 0, axis=-1)[..., None]
+    root = b.xp.where(definite, w, _array.NAN) ** (-0.5 / p)
+    K = Q * root[..., None, :]
+    return _linalg.symmetrised(K @ K.mT)
+
+
+def _logdet(b: Any, M: Any) -> Any:
+    diagonal = b.xp.linalg.diagonal(_linalg.cholesky(b, _linalg.symmetrised(M)))
+    return 2 * b.xp.sum(b.xp.log(diagonal), axis=-1)
 
 
 def _matrix(M: Any) -> _array.Backend:

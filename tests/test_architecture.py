@@ -15,6 +15,9 @@ RANKS = {
     "_linalg": 2,
     "_host": 2,
     "_conversions": 2,
+    "_blas": 2,
+    "_lapack": 3,
+    "_newton_schulz": 3,
     "_moments": 3,
     "spd": 4,
     "factors": 4,
@@ -42,6 +45,8 @@ DOORS = {
     "_array": {"array_api_compat", "array_api_extra", "numpy", "scipy"},
     "_linalg": {"array_api_compat", "array_api_extra", "numpy", "scipy"},
     "_host": {"numpy", "scipy"},
+    "_blas": {"numpy", "scipy"},
+    "_lapack": {"numpy", "scipy"},
 }
 BACKENDS = {"torch", "jax", "cupy", "cupyx"}  # in `_linalg`, `_host` and `_value`, inside a branch
 OWN = {

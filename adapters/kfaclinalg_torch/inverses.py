@@ -33,24 +33,24 @@ def factored(layer: LayerFactors, damping: float, norm: str, blas: str = "auto",
     return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, method=method, blas=blas).blocks[0]
 
 
-def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
+def exact(layer: LayerFactors, damping: float, norm: str, blas: str = "auto") -> Any:
     """(A ⊗ G + damping I)⁻¹ (eqn 6); factored where a side is diagonal, whose eigenvectors would be dense.
 
     A and G are moments: what rounding leaves below zero of their eigenvalues is zero.
     """
     if _structured(layer):
-        return factored(layer, damping, norm)
+        return factored(layer, damping, norm, blas)
     ample = 1 + Kronecker(*layer).trace().abs().max()  # the eigenvectors are the same for every shift
-    Q = Kronecker(*layer).shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0)
+    Q = Kronecker(*layer).shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0, blas=blas)
     a, g = (((M @ K) * K).sum(-2).clamp(min=0.0) for M, K in zip(layer, (Q.K_A, Q.K_B), strict=True))
     return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
 
 
-def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int) -> Any:
+def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int, blas: str = "auto") -> Any:
     """That of rank_k(A) and rank_k(G - diag G) + diag G; factored where a side is diagonal as it is."""
     if _structured(layer):
-        return factored(layer, damping, norm)
-    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm).blocks[0]
+        return factored(layer, damping, norm, blas)
+    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm, blas=blas).blocks[0]
 
 
 class Factored(NamedTuple):
@@ -94,7 +94,7 @@ class Inverses:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""
         for name, V in Vs:
             K = self.inverses.get(name)
-            if isinstance(K, Kronecker):
+            if isinstance(K, Kronecker | KroneckerBasis):
                 yield name, K.apply(V, blas=self.blas)
             else:
                 yield name, V if K is None else K @ V

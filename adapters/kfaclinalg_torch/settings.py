@@ -88,10 +88,10 @@ def inverses_of(
     if structure == "block-tridiagonal":
         return ChainInverse(norm, blas, layers)
     if structure == "eigen":
-        return EigenInverses(partial(exact, norm=norm), layers)
+        return EigenInverses(partial(exact, norm=norm, blas=blas), layers, blas)
     if rank is not None:
-        return Inverses(partial(low_rank, norm=norm, rank=rank), blas)
+        return Inverses(partial(low_rank, norm=norm, rank=rank, blas=blas), blas)
     if exact_damping:
-        return Inverses(partial(exact, norm=norm), blas)
+        return Inverses(partial(exact, norm=norm, blas=blas), blas)
     method = "cholesky" if period == 1 else "explicit"  # what is applied once is not worth an inverse
     return Inverses(partial(factored, norm=norm, blas=blas, method=method), blas)

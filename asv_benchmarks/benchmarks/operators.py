@@ -127,6 +127,7 @@ OPERATIONS = {
         basis,
         {
             "__matmul__": (lambda P, V: P @ V, lambda by, P, V: in_basis(P.K_A, P.K_B, P.weights, V)),
+            "apply": (lambda P, V: P.apply(V), lambda by, P, V: in_basis(P.K_A, P.K_B, P.weights, V)),
             "inverse": (lambda P, V: P.inverse(), lambda by, P, V: (by.inv(P.K_A), by.inv(P.K_B), 1 / P.weights)),
             "solve": (
                 lambda P, V: P.solve(V),
@@ -151,6 +152,7 @@ OPERATIONS = {
         pair,
         {
             "__matmul__": (lambda P, V: P @ V, lambda by, P, V: P.B @ V @ P.A.mT + P.D @ V @ P.C.mT),
+            "apply": (lambda P, V: P.apply(V), lambda by, P, V: P.B @ V @ P.A.mT + P.D @ V @ P.C.mT),
             "inverse": (lambda P, V: P.inverse(), pair_inverse),
             "solve": (lambda P, V: P.solve(V), lambda by, P, V: in_basis(*pair_inverse(by, P, V), V)),
             "solve smith": (lambda P, V: P.solve(V, "smith"), smith),

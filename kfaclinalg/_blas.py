@@ -1,0 +1,67 @@
+"""SciPy's BLAS on single matrices of a CPU, where one half of a symmetric matrix stands for the whole.
+
+Triangles are read and written below; results lie in the order of LAPACK.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy.linalg import blas
+
+BLOCK = 64  # rows at once where a matrix meets its transpose: what is read by columns stays in the cache
+
+
+def moment(x: Any) -> Any:
+    """xᵀx / N for x (N, n), exactly symmetric."""
+    return mirrored(_rank_n(x, 1 / len(x)))
+
+
+def updated(decay: float, C: Any, x: Any) -> Any:
+    """decay C + (1 - decay) xᵀx / N, exactly symmetric, for symmetric C."""
+    X = np.multiply(C.T, decay, order="F")
+    return mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
+
+
+def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
+    """alpha xᵀx, the lower triangle, added to c where there is one."""
+    a, trans = (x, 1) if x.flags.f_contiguous else (x.T, 0)  # in the order that BLAS reads
+    return routine(blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
+
+
+def lower_half(M: Any) -> Any:
+    """A copy in LAPACK's order whose lower triangle is that of (M + Mᵀ)/2, with anything above it."""
+    X = 0.5 * M  # halved first: the sum of two large entries may overflow
+    for i in range(0, len(M), BLOCK):
+        columns = slice(i, i + BLOCK)
+        X[:i, columns] += X[columns, :i].T
+        X[columns, columns] += X[columns, columns].T.copy()
+    return X.T
+
+
+def mirrored(X: Any) -> Any:
+    """The symmetric matrix whose lower triangle is that of X, in the place of X."""
+    _copy_up_to_low(X.T)  # rows lie together in the transpose
+    return X.T
+
+
+def _copy_up_to_low(X: Any) -> None:
+    n = len(X)
+    if n <= BLOCK:
+        np.copyto(X.T, X, where=_above(n))
+    else:
+        h = n // 2
+        X[h:, :h] = X[:h, h:].T
+        _copy_up_to_low(X[:h, :h])
+        _copy_up_to_low(X[h:, h:])
+
+
+@lru_cache
+def _above(n: int) -> Any:
+    return ~np.tri(n, dtype=bool)
+
+
+def routine(library: Any, x: Any, name: str) -> Any:
+    return getattr(library, {"f": "s", "d": "d"}[x.dtype.char] + name)
