@@ -10,7 +10,7 @@ SGD. In the folder of the peers' benchmark, with its environment, on a quiet mac
 
 Then here, under the same OPENBLAS_CORETYPE, if any:
 
-    python asv_benchmarks/peers.py path/to/results
+    python asv_benchmarks/against_peers.py path/to/results
 
 writes peers.json, its rows {"job", "size", "name", "ratio", "seconds", "memory"} (MiB over those of SGD), and the
 tables and the picture of the documentation. What was not run, or failed, has no row.
