@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _host, _linalg, _subspace, _woodbury
+from . import _array, _conversions, _host, _lapack, _linalg, _subspace, _woodbury
 from ._value import value
 from .diagonal import Diagonal
 
@@ -88,7 +88,7 @@ class LowRankPlusDiagonal:
         """
         b = self._backend()
         Y = self._operand(b, X)
-        Z = _host.run(b, blas, _solve, partial(_solve, blas="native"), self.U, self.s, self.d, Y)
+        Z = _host.run(b, blas, _host_solve, partial(_solve, blas="native"), self.U, self.s, self.d, Y)
         return _array.narrowed(b, Z, X.dtype)
 
     def logdet(self) -> Any:
@@ -120,6 +120,11 @@ class LowRankPlusDiagonal:
         Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
         _array.check_batches(**self._batches(), X=X.shape[:-2])
         return Y
+
+
+def _host_solve(U: Any, s: Any, d: Any, X: Any) -> Any:
+    Z = _lapack.positive_woodbury_solve(U, s, d, X, REFINEMENTS) if (s > 0).all() else None
+    return _solve(U, s, d, X) if Z is None else Z
 
 
 def _solve(U: Any, s: Any, d: Any, X: Any, blas: str = "auto") -> Any:
