@@ -117,7 +117,7 @@ def positive_woodbury(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
     return _nan(U, U.shape), -np.ones_like(s), _nan(d, d.shape)
 
 
-def positive_woodbury_solve(U: Any, s: Any, d: Any, X: Any, refinements: int) -> Any:
+def positive_solve(U: Any, s: Any, d: Any, X: Any, refinements: int) -> Any:
     """(U diag(s) Uᵀ + diag(d))⁻¹ X for s > 0, None where the inverse could be NaN: Z = D^(-½) (D^(-½) X - V C), where
 
         V = D^(-½) U,    C = S Vᵀ (D^½ Z) = Kᵀ K Vᵀ D^(-½) X,    Kᵀ K = (S⁻¹ + Vᵀ V)⁻¹

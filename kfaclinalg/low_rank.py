@@ -88,7 +88,7 @@ class LowRankPlusDiagonal:
         """
         b = self._backend()
         Y = self._operand(b, X)
-        Z = _host.run(b, blas, _host_solve, partial(_solve, blas="native"), self.U, self.s, self.d, Y)
+        Z = _host.run(b, blas, _solve, partial(_solve, blas="native"), self.U, self.s, self.d, Y)
         return _array.narrowed(b, Z, X.dtype)
 
     def logdet(self) -> Any:
@@ -122,12 +122,9 @@ class LowRankPlusDiagonal:
         return Y
 
 
-def _host_solve(U: Any, s: Any, d: Any, X: Any) -> Any:
-    Z = _lapack.positive_woodbury_solve(U, s, d, X, REFINEMENTS) if (s > 0).all() else None
-    return _solve(U, s, d, X) if Z is None else Z
-
-
 def _solve(U: Any, s: Any, d: Any, X: Any, blas: str = "auto") -> Any:
+    if blas == "auto" and (s > 0).all() and (Z := _lapack.positive_solve(U, s, d, X, REFINEMENTS)) is not None:
+        return Z
     M = LowRankPlusDiagonal(U, s, d)
     b = M._backend()
     inverse = M.inverse(blas=blas)
