@@ -108,17 +108,48 @@ def conditional(M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
 
 def positive_woodbury(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
     """Those of (U diag(s) Uᵀ + diag(d))⁻¹ = diag(1/d) - T Tᵀ for s > 0 (`_woodbury`): T is written in one place."""
-    if (d > 0).all() and np.isfinite(d).all():
-        root, scale = np.sqrt(d)[:, None], np.sqrt(s)
-        T = U / root
-        L = cholesky(np.eye(len(s), dtype=s.dtype) + scale[:, None] * (T.T @ T) * scale)
-        if L is not None:
-            T = routine(blas, T, "trsm")(1.0, L / scale[:, None], T.T, lower=1, overwrite_b=1).T
-            remaining = 1 - np.einsum("ij,ij->i", T, T)
-            if (remaining > (8 + len(s) ** 0.5) * np.finfo(T.dtype).eps).all():
-                T /= root
-                return T, -np.ones_like(s), 1 / d
+    V, K, root, doubt = _whitened(U, s, d)
+    if K is not None:
+        T = routine(blas, V, "trmm")(1.0, K, V.T, lower=1, overwrite_b=1).T
+        if doubt < 0.5 or (1 - np.einsum("ij,ij->i", T, T) > (8 + len(s) ** 0.5) * np.finfo(T.dtype).eps).all():
+            T /= root
+            return T, -np.ones_like(s), 1 / d
     return _nan(U, U.shape), -np.ones_like(s), _nan(d, d.shape)
+
+
+def positive_solve(U: Any, s: Any, d: Any, X: Any, refinements: int) -> Any:
+    """(U diag(s) Uᵀ + diag(d))⁻¹ X for s > 0, None where the inverse could be NaN: Z = D^(-½) (D^(-½) X - V C), where
+
+        V = D^(-½) U,    C = S Vᵀ (D^½ Z) = Kᵀ K Vᵀ D^(-½) X,    Kᵀ K = (S⁻¹ + Vᵀ V)⁻¹
+
+    and it is C that is refined: its residual takes half of the products of that of Z.
+    """
+    V, K, root, doubt = _whitened(U, s, d)
+    if K is None or not doubt < 0.5:
+        return None
+    Z, C = X / d[:, None], np.zeros((len(s), X.shape[1]), dtype=X.dtype)
+    for i in range(1 + refinements):
+        change = K.T @ (K @ (V.T @ (root * Z) - C / s[:, None]))
+        step = V @ change / root
+        C, Z = C + change, Z - step
+        if i and (abs(step).max(axis=0) <= 0.1 * np.finfo(Z.dtype).eps ** 0.5 * abs(Z).max(axis=0)).all():
+            break
+    return Z
+
+
+def _whitened(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    """V = D^(-½) U, lower K with Kᵀ K = (S⁻¹ + Vᵀ V)⁻¹ or None, D^½, and how near (D^½ M⁻¹ D^½)_ii may be to noise.
+
+    That is at least 1/‖I + S^½ Vᵀ V S^½‖: as long as noise is below half of it, nobody needs to look at the diagonal.
+    """
+    if not ((d > 0).all() and np.isfinite(d).all()):
+        return None, None, None, None
+    root, scale = np.sqrt(d)[:, None], np.sqrt(s)
+    V = U / root
+    G = np.eye(len(s), dtype=s.dtype) + scale[:, None] * (V.T @ V) * scale
+    L = cholesky(G, clean=1)
+    K = None if L is None else routine(lapack, L, "trtri")(L / scale[:, None], lower=1, overwrite_c=1)[0]
+    return V, K, root, np.linalg.norm(G) * (8 + len(s) ** 0.5) * np.finfo(V.dtype).eps
 
 
 def _completed(X: Any) -> Any:

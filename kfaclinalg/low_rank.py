@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _host, _linalg, _subspace, _woodbury
+from . import _array, _conversions, _host, _lapack, _linalg, _subspace, _woodbury
 from ._value import value
 from .diagonal import Diagonal
 
@@ -123,6 +123,8 @@ class LowRankPlusDiagonal:
 
 
 def _solve(U: Any, s: Any, d: Any, X: Any, blas: str = "auto") -> Any:
+    if blas == "auto" and (s > 0).all() and (Z := _lapack.positive_solve(U, s, d, X, REFINEMENTS)) is not None:
+        return Z
     M = LowRankPlusDiagonal(U, s, d)
     b = M._backend()
     inverse = M.inverse(blas=blas)

@@ -468,10 +468,21 @@ def test_the_bounds_catch_a_perturbed_factorisation(monkeypatch, check):
         check(TORCH, Case(decades=0.1))
 
 
-def test_the_bounds_catch_a_solve_that_is_not_refined(monkeypatch):
+@pytest.mark.parametrize("batch", [(), (10,)])  # a single one of NumPy takes LAPACK's way
+def test_the_bounds_catch_a_solve_that_is_not_refined(monkeypatch, batch):
+    case = Case(6, 5, 0, batch, 0.6, seed=1)
+    check_solve(NUMPY, case)
     monkeypatch.setattr(sys.modules["kfaclinalg.low_rank"], "REFINEMENTS", 0)
     with pytest.raises(AssertionError):
-        check_solve(TORCH, Case(6, 5, 0, (10,), decades=0.6))
+        check_solve(NUMPY, case)
+
+
+@pytest.mark.parametrize(("spread", "known"), [(1e4, True), (1e13, True), (1e18, False)])
+def test_a_solve_without_the_inverse_fails_where_the_inverse_does(spread, known):
+    M = LowRankPlusDiagonal(np.full((2, 1), 1.0), np.asarray([spread]), np.asarray([1.0, 1e20]))
+    X = np.ones((2, 1))
+    for Y in (M.solve(X), M.inverse() @ X):
+        assert np.isfinite(Y).all() == known
 
 
 def test_as_scipy():
