@@ -88,7 +88,10 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
 
 def _are_single(args: Sequence[Any], array: Any) -> bool:
     numbers = float, np.generic
-    return all(isinstance(x, numbers) or (type(x) is array and x.ndim <= 2 and 0 not in x.shape) for x in args)
+    for x in args:
+        if not (x.ndim <= 2 and 0 not in x.shape if type(x) is array else isinstance(x, numbers)):  # noqa: SIM110
+            return False  # no generator: this is most of the cost of a call at small sizes
+    return True
 
 
 def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence[Any]) -> bool:
