@@ -89,8 +89,9 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
 def _are_single(args: Sequence[Any], array: Any) -> bool:
     numbers = float, np.generic
     for x in args:
-        if not (x.ndim <= 2 and 0 not in x.shape if type(x) is array else isinstance(x, numbers)):  # noqa: SIM110
-            return False  # no generator: this is most of the cost of a call at small sizes
+        single = x.ndim <= 2 and 0 not in x.shape if type(x) is array else isinstance(x, numbers)
+        if not single:
+            return False
     return True
 
 
