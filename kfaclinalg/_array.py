@@ -92,7 +92,7 @@ def widest(x: Any) -> Any:
 def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
     """Namespace, kind and device."""
     if known := _known.get(type(x)):
-        return *known, x.device
+        return known[0], known[1], x.device
     try:
         xp = array_namespace(x)
     except TypeError as error:

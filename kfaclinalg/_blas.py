@@ -34,6 +34,8 @@ def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
 def lower_half(M: Any) -> Any:
     """A copy in LAPACK's order whose lower triangle is that of (M + Mᵀ)/2, with anything above it."""
     X = 0.5 * M  # halved first: the sum of two large entries may overflow
+    if len(M) <= BLOCK:
+        return np.add(X, X.T, order="F")
     for i in range(0, len(M), BLOCK):
         columns = slice(i, i + BLOCK)
         X[:i, columns] += X[columns, :i].T

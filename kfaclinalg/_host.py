@@ -88,7 +88,11 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
 
 def _are_single(args: Sequence[Any], array: Any) -> bool:
     numbers = float, np.generic
-    return all(isinstance(x, numbers) or (type(x) is array and x.ndim <= 2 and 0 not in x.shape) for x in args)
+    for x in args:
+        single = x.ndim <= 2 and 0 not in x.shape if type(x) is array else isinstance(x, numbers)
+        if not single:
+            return False
+    return True
 
 
 def _trial(host: Callable[..., Any], native: Callable[..., Any], views: Sequence[Any]) -> bool:

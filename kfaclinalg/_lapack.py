@@ -18,7 +18,8 @@ from ._blas import lower_half, mirrored, routine
 def cholesky(M: Any, shift: Any = 0.0, clean: int = 0) -> Any:
     """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, None where there is none; unless `clean`, with anything above it."""
     X = lower_half(M)
-    np.einsum("ii->i", X)[...] += shift
+    if shift:
+        np.einsum("ii->i", X)[...] += shift
     L, info = routine(lapack, M, "potrf")(X, lower=1, clean=clean, overwrite_a=1)
     return L if info == 0 and math.isfinite(L.trace()) else None
 
@@ -67,6 +68,14 @@ def logdet(M: Any) -> Any:
 def eigh(M: Any) -> tuple[Any, Any]:
     """w and Q with (M + Mᵀ)/2 = Q diag(w) Qᵀ."""
     return _syevd(lower_half(M))
+
+
+def shifted_inverse(shift: float, A: Any, B: Any) -> tuple[Any, Any, Any]:
+    """Q_A, Q_B and w with (A ⊗ B + shift I)⁻¹ = (Q_A ⊗ Q_B) diag(vec(w)) (Q_A ⊗ Q_B)ᵀ."""
+    (a, Q_A), (c, Q_B) = eigh(A), eigh(B)
+    w = np.multiply.outer(c, a) + shift
+    definite = w.min() > np.finfo(w.dtype).eps * w.max()  # `_linalg.reciprocal`
+    return Q_A, Q_B, 1 / w if definite else _nan(w, w.shape)
 
 
 def inverse_root(p: float, M: Any) -> Any:

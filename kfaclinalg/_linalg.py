@@ -6,6 +6,7 @@ batch members on which it fails, raises nothing and, eigenvalues excepted, does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from ._array import NAN, Backend
 
 
 def symmetrised(M: Any) -> Any:
-    return 0.5 * M + 0.5 * M.mT  # halved first: the sum of two large entries may overflow
+    half = 0.5 * M  # halved first: the sum of two large entries may overflow
+    return half + half.mT
 
 
 def kron(b: Backend, A: Any, B: Any) -> Any:
@@ -31,8 +33,9 @@ def kron(b: Backend, A: Any, B: Any) -> Any:
 def cholesky(b: Backend, M: Any) -> Any:
     """Lower triangular L with L Lᵀ = M for symmetric M, all NaN for a member that is not positive definite.
 
-    Backends report failure by an exception, by a flag, or not at all: a partial factor and silence. One test serves
-    them all: the squared norms of the rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
+    LAPACK, and torch on every device, flag a partial factor; a NaN or an infinity in M reaches the diagonal of L. Other
+    backends report failure by an exception, or not at all: a partial factor and silence. One test serves them: the
+    squared norms of the rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
     """
     xp = b.xp
     if b.kind == "numpy" and M.ndim == 2:
@@ -41,9 +44,10 @@ def cholesky(b: Backend, M: Any) -> Any:
     if b.kind == "torch":
         import torch
 
-        L = torch.linalg.cholesky_ex(M).L
-    else:
-        (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
+        L, info = torch.linalg.cholesky_ex(M)
+        accepted = (info == 0) & (xp.linalg.diagonal(L) < math.inf).all(-1)
+        return L.masked_fill(~accepted[..., None, None], NAN)
+    (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
     d = xp.linalg.diagonal(M)
     d = xp.where(xp.isfinite(d), d, NAN)  # NumPy would warn of infinity - infinity
     tolerance = (M.shape[-1] + 8) * b.eps

@@ -24,9 +24,7 @@ def resolve(**sides: Any) -> _array.Backend:
 
 def check(**sides: Any) -> None:
     """What is dense must be square, and the batches must broadcast."""
-    for name, M in sides.items():
-        if not isinstance(M, STRUCTURED):
-            _array.check_square(**{name: M})
+    _array.check_square(**{name: M for name, M in sides.items() if not isinstance(M, STRUCTURED)})
     _array.check_batches(**batches(**sides))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _host, _linalg, _side
+from . import _array, _conversions, _host, _lapack, _linalg, _side
 from ._typing import Scalar
 from ._value import value
 from .kronecker_basis import KroneckerBasis
@@ -142,9 +143,11 @@ class Kronecker:
         """
         b = self._backend()
         shift = _array.nonnegative("shift", shift)
-        (a, Q_A), (c, Q_B) = (_side.eigh(b, M, blas) for M in (self.A, self.B))
+        args = shift, _side.dense(self.A), _side.dense(self.B)
+        if not isinstance(shift, float):
+            return KroneckerBasis(*_shifted_inverse(b, blas, *args))
         return KroneckerBasis(
-            Q_A, Q_B, _linalg.reciprocal(b, c[..., :, None] * a[..., None, :] + _array.per_member(shift))
+            *_host.run(b, blas, _lapack.shifted_inverse, partial(_shifted_inverse, b, "native"), *args)
         )
 
     def logdet(self, *, blas: str = "auto") -> Any:
@@ -173,3 +176,8 @@ class Kronecker:
         X = _array.operand(b, "V", V, self.shape)
         _array.check_batches(**_side.batches(A=self.A, B=self.B), V=V.shape[:-2])
         return X
+
+
+def _shifted_inverse(b: _array.Backend, blas: str, shift: Any, A: Any, B: Any) -> tuple[Any, Any, Any]:
+    (a, Q_A), (c, Q_B) = (_side.eigh(b, M, blas) for M in (A, B))
+    return Q_A, Q_B, _linalg.reciprocal(b, c[..., :, None] * a[..., None, :] + _array.per_member(shift))

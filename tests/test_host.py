@@ -92,7 +92,7 @@ CALLS = {
     "spd.inverse_root": (lambda A, G, V, blas: spd.inverse_root(A, 2, blas=blas), 1),
     "Kronecker.shifted_inverse": (
         lambda A, G, V, blas: applied(Kronecker(A, G).shifted_inverse(0.1, blas=blas), V, blas),
-        5,
+        4,
     ),
     "KroneckerPair.inverse": (lambda A, G, V, blas: applied(pair(A, G).inverse(blas=blas), V, blas), 4),
     "KroneckerPair.solve": (lambda A, G, V, blas: pair(A, G).solve(V, blas=blas), 14),
@@ -105,7 +105,7 @@ CALLS = {
     "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 13),
     "exactly_damped_inverse": (
         lambda A, G, V, blas: applied(exactly_damped_inverse(average(A, G), 0.1, blas=blas).blocks[0], V, blas),
-        5,
+        4,
     ),
     "block_diagonal_inverse": (
         lambda A, G, V, blas: tuple(leaves(block_diagonal_inverse(average(A, G), 0.1, blas=blas).blocks[0])),
