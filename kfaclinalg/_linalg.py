@@ -33,7 +33,7 @@ def kron(b: Backend, A: Any, B: Any) -> Any:
 def cholesky(b: Backend, M: Any) -> Any:
     """Lower triangular L with L Lᵀ = M for symmetric M, all NaN for a member that is not positive definite.
 
-    LAPACK, and torch on every device, flag a partial factor; a NaN or an infinity in M reaches the diagonal of L. Other
+    LAPACK and torch flag a partial factor; a NaN or an infinity in M reaches the diagonal of L. Other
     backends report failure by an exception, or not at all: a partial factor and silence. One test serves them: the
     squared norms of the rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
     """
