@@ -18,8 +18,8 @@ import numpy as np
 from ._array import Backend, check_choice
 
 CHOICES = ("auto", "native")
-SIZE, REPETITIONS, FASTER = 257, 8, 0.8  # of a trial; odd as most inputs with their 1: some routines mind
-PATIENCE = 0.1  # seconds after which a trial takes no further round
+SIZE, REPETITIONS, FASTER = 641, 8, 0.9  # of a trial; large and odd as inputs with their 1: some routines mind
+PATIENCE = 0.2  # seconds after which a trial takes no further round
 _pays: dict[tuple[Any, Callable[..., Any]], bool] = {}
 
 

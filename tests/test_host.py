@@ -408,6 +408,7 @@ def test_the_trial_is_won_by_who_is_clearly_faster(seconds, wins, scalar, monkey
 
 def test_the_trials_run(monkeypatch):
     monkeypatch.setattr(_host, "_pays", {})
+    monkeypatch.setattr(_host, "SIZE", 65)
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
