@@ -65,7 +65,7 @@ class CholeskyInverse:
         return _array.narrowed(b, L @ (L.mT @ self._operand(b, X)), X.dtype)
 
     def logdet(self) -> Any:
-        """-2 Σ log |L_ii| (...). n flops."""
+        """`-2 Σ log |L_ii|` (...). n flops."""
         xp = self._backend().xp
         d = xp.abs(xp.linalg.diagonal(self.L))
         return -2 * xp.sum(xp.log(xp.where((d > 0) & xp.isfinite(d), d, _array.NAN)), axis=-1)
