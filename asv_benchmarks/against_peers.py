@@ -49,7 +49,7 @@ STEP_BARS = {
     ("J4", 1000): {"1/1": 2.0, "1/20": 1.6, "20/20": 1.3},
     ("J5", 128): {"1/1": 3.0},
 }
-MEMORY_BAR = 90  # MiB over SGD
+MEMORY_BAR = 90  # MiB over SGD, at m = 256
 WIDEST = 12  # of a bar in the picture; a longer one is cut
 Row = dict[str, Any]
 
@@ -135,7 +135,10 @@ def tables(rows: list[Row]) -> str:
             ]
             if steps:
                 memory = row.get("memory")
-                cells.append("" if memory is None else f"{memory:.0f} ({verdict(memory, MEMORY_BAR)})")
+                judged = memory is not None and row["size"].startswith("m=256 ")
+                cells.append(
+                    "" if memory is None else f"{memory:.0f}{f' ({verdict(memory, MEMORY_BAR)})' if judged else ''}"
+                )
             cells.append(", ".join(f"{name} {peer['ratio']:.2f}" for name, peer in peers.items()))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
