@@ -70,14 +70,6 @@ def eigh(M: Any) -> tuple[Any, Any]:
     return _syevd(lower_half(M))
 
 
-def shifted_inverse(shift: float, A: Any, B: Any) -> tuple[Any, Any, Any]:
-    """Q_A, Q_B and w with (A ⊗ B + shift I)⁻¹ = (Q_A ⊗ Q_B) diag(vec(w)) (Q_A ⊗ Q_B)ᵀ."""
-    (a, Q_A), (c, Q_B) = eigh(A), eigh(B)
-    w = np.multiply.outer(c, a) + shift
-    definite = w.min() > np.finfo(w.dtype).eps * w.max()  # `_linalg.reciprocal`
-    return Q_A, Q_B, 1 / w if definite else _nan(w, w.shape)
-
-
 def inverse_root(p: float, M: Any) -> Any:
     """((M + Mᵀ)/2)^(-1/p), exactly symmetric."""
     w, Q = eigh(M)

@@ -33,9 +33,9 @@ def kron(b: Backend, A: Any, B: Any) -> Any:
 def cholesky(b: Backend, M: Any) -> Any:
     """Lower triangular L with L Lᵀ = M for symmetric M, all NaN for a member that is not positive definite.
 
-    LAPACK and torch flag a partial factor; a NaN or an infinity in M reaches the diagonal of L. Other
-    backends report failure by an exception, or not at all: a partial factor and silence. One test serves them: the
-    squared norms of the rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
+    LAPACK flags a partial factor, and a NaN or an infinity in M reaches the diagonal of L. Elsewhere a failure is an
+    exception, a flag, or nothing at all: a partial factor and silence. One test serves there: the squared norms of the
+    rows of L are the diagonal of M, which no partial factor, NaN or infinity meets.
     """
     xp = b.xp
     if b.kind == "numpy" and M.ndim == 2:
@@ -45,9 +45,11 @@ def cholesky(b: Backend, M: Any) -> Any:
         import torch
 
         L, info = torch.linalg.cholesky_ex(M)
-        accepted = (info == 0) & (xp.linalg.diagonal(L) < math.inf).all(-1)
-        return L.masked_fill(~accepted[..., None, None], NAN)
-    (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
+        if M.is_cpu:
+            accepted = (info == 0) & (xp.linalg.diagonal(L) < math.inf).all(-1)
+            return L.masked_fill(~accepted[..., None, None], NAN)
+    else:
+        (L,) = _each_member(b, lambda M: (xp.linalg.cholesky(M),), M)
     d = xp.linalg.diagonal(M)
     d = xp.where(xp.isfinite(d), d, NAN)  # NumPy would warn of infinity - infinity
     tolerance = (M.shape[-1] + 8) * b.eps

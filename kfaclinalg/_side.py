@@ -96,7 +96,7 @@ def dense(M: Any) -> Any:
     return M.to_dense() if isinstance(M, STRUCTURED) else M
 
 
-def eigh(b: _array.Backend, M: Any, blas: str) -> tuple[Any, Any]:
+def eigh(b: _array.Backend, blas: str, M: Any) -> tuple[Any, Any]:
     """Eigenvalues (..., n) and eigenvectors (..., n, n) of the symmetric part."""
     return _host.run(b, blas, _lapack.eigh, lambda M: _linalg.eigh(b, _linalg.symmetrised(M)), dense(M))
 

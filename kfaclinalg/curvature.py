@@ -9,7 +9,7 @@ from typing import Any
 from . import _array, _host, _lapack, _linalg, _side
 from ._typing import Scalar
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .damping import factored_tikhonov, tikhonov_pi
+from .damping import _shifts, factored_tikhonov
 from .factors import Factors, LayerFactors
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
@@ -33,13 +33,11 @@ def block_diagonal_inverse(
     >>> (block_diagonal_inverse(factors, 0.0) @ (np.asarray([[6.0, 3.0]]),))[0]
     array([[2., 1.]])
     """
-    gamma = _array.nonnegative("gamma", gamma)
     _array.check_choice("method", method, _side.INVERSES)
     blocks = []
     for layer in factors.layers:
-        b, pi = _side.resolve(A=layer.A, G=layer.G), tikhonov_pi(layer, norm=norm)
-        damped = ((layer.A, gamma * pi), (layer.G, gamma / pi))
-        blocks.append(Kronecker(*(_side.damped_inverse(b, M, shift, method, blas) for M, shift in damped)))
+        b, shifts = _side.resolve(A=layer.A, G=layer.G), _shifts(layer, gamma, norm)
+        blocks.append(Kronecker(*(_side.damped_inverse(b, M, shift, method, blas) for M, shift in shifts)))
     return BlockDiagonal(tuple(blocks))
 
 

@@ -55,10 +55,15 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     >>> factored_tikhonov(LayerFactors(4 * np.eye(1), np.eye(1)), 0.5)
     LayerFactors(A=array([[5.]]), G=array([[1.25]]))
     """
+    b = _side.resolve(A=layer.A, G=layer.G)
+    return LayerFactors(*(_side.shifted(b, M, shift) for M, shift in _shifts(layer, gamma, norm)))
+
+
+def _shifts(layer: LayerFactors, gamma: Scalar, norm: str) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """A with π γ and G with γ/π, what eqn 7 adds to its diagonal."""
     gamma = _array.nonnegative("gamma", gamma)
     pi = tikhonov_pi(layer, norm=norm)
-    b = _side.resolve(A=layer.A, G=layer.G)
-    return LayerFactors(_side.shifted(b, layer.A, gamma * pi), _side.shifted(b, layer.G, gamma / pi))
+    return (layer.A, gamma * pi), (layer.G, gamma / pi)
 
 
 def _size(b: _array.Backend, M: Any, norm: str) -> Any:
@@ -67,4 +72,4 @@ def _size(b: _array.Backend, M: Any, norm: str) -> Any:
         return _side.trace(b, M) / max(n, 1)
     if norm == "frobenius":
         return b.xp.linalg.matrix_norm(_side.dense(M)) / n**0.5
-    return b.xp.max(b.xp.abs(_side.eigh(b, M, "native")[0]), axis=-1)
+    return b.xp.max(b.xp.abs(_side.eigh(b, "native", M)[0]), axis=-1)

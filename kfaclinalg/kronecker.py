@@ -144,11 +144,10 @@ class Kronecker:
         b = self._backend()
         shift = _array.nonnegative("shift", shift)
         args = shift, _side.dense(self.A), _side.dense(self.B)
-        if not isinstance(shift, float):
-            return KroneckerBasis(*_shifted_inverse(b, blas, *args))
-        return KroneckerBasis(
-            *_host.run(b, blas, _lapack.shifted_inverse, partial(_shifted_inverse, b, "native"), *args)
-        )
+        if not isinstance(shift, float):  # one of a batch of shifts, perhaps
+            return KroneckerBasis(*_shifted_inverse(partial(_side.eigh, b, blas), *args))
+        native = partial(_shifted_inverse, partial(_side.eigh, b, "native"))
+        return KroneckerBasis(*_host.run(b, blas, _host_shifted_inverse, native, *args))
 
     def logdet(self, *, blas: str = "auto") -> Any:
         """m log det A + n log det B (...). (n³ + m³)/3 flops."""
@@ -178,6 +177,10 @@ class Kronecker:
         return X
 
 
-def _shifted_inverse(b: _array.Backend, blas: str, shift: Any, A: Any, B: Any) -> tuple[Any, Any, Any]:
-    (a, Q_A), (c, Q_B) = (_side.eigh(b, M, blas) for M in (A, B))
-    return Q_A, Q_B, _linalg.reciprocal(b, c[..., :, None] * a[..., None, :] + _array.per_member(shift))
+def _shifted_inverse(eigh: Any, shift: Any, A: Any, B: Any) -> tuple[Any, Any, Any]:
+    (a, Q_A), (c, Q_B) = eigh(A), eigh(B)
+    eigenvalues = c[..., :, None] * a[..., None, :] + _array.per_member(shift)
+    return Q_A, Q_B, _linalg.reciprocal(_array.resolve(A=A), eigenvalues)
+
+
+_host_shifted_inverse = partial(_shifted_inverse, _lapack.eigh)
