@@ -12,7 +12,7 @@ import numpy as np
 from scipy.linalg import blas, lapack
 
 from ._array import NAN
-from ._blas import lower_half, mirrored, routine
+from ._blas import BLOCK, lower_half, mirrored, routine
 
 
 def cholesky(M: Any, shift: Any = 0.0, clean: int = 0) -> Any:
@@ -33,7 +33,24 @@ def factor(M: Any, shift: Any = 0.0) -> Any:
 def inverse(M: Any, shift: Any = 0.0) -> Any:
     """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric."""
     L = cholesky(M, shift)
-    return np.full_like(M, NAN) if L is None else mirrored(routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    if L is None:
+        return np.full_like(M, NAN)
+    if len(L) <= BLOCK:
+        return mirrored(routine(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    _invert(L)
+    return mirrored(routine(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0])
+
+
+def _invert(L: Any) -> None:
+    """L⁻¹ in the place of lower L, by halves: all products are of matrices, which few of those of `trtri` are."""
+    n, h = len(L), len(L) // 2
+    trmm, trsm = routine(blas, L, "trmm"), routine(blas, L, "trsm")
+    if n <= 2 * BLOCK:
+        L[:] = trsm(1.0, L, np.eye(n, dtype=L.dtype, order="F"), lower=1, overwrite_b=1)
+        return
+    _invert(L[:h, :h])
+    L[h:, :h] = trsm(-1.0, L[h:, h:], trmm(1.0, L[:h, :h], L[h:, :h], side=1, lower=1), lower=1, overwrite_b=1)
+    _invert(L[h:, h:])
 
 
 def solve(M: Any, X: Any) -> Any:
