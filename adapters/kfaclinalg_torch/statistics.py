@@ -23,7 +23,7 @@ class Sums(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The rows themselves, A = E[a aᵀ] and G = E[g gᵀ] over them, where they take less room than A and G."""
+    """The rows themselves, A = E[a aᵀ] and G = E[g gᵀ] over them, where they take no more room than A and G twice."""
 
     a: Tensor
     g: Tensor
@@ -104,7 +104,7 @@ class Statistic:
             x, s = use.pair(g, self.dtype)
             a = block.inputs(x, use.examples()).flatten(0, 1)
             found[block.name] = Held(a, s.reshape(len(a), -1) * (scale * (len(a) / self.examples) ** 0.5))
-        return found
+        return dict(sorted(found.items()))
 
     def _fold(self, block: Block) -> None:
         """Into the sums with the rows of a block, where any are held."""
@@ -125,7 +125,7 @@ class Statistic:
 
 def _are_small(x: Tensor, g: Tensor) -> bool:
     n, m, rows = x.shape[-1], g.shape[-1], g.numel() // g.shape[-1]
-    return max(n, m) < LARGEST and rows * (n + m) < n * n + m * m
+    return max(n, m) < LARGEST and rows * (n + m) <= 2 * (n * n + m * m)
 
 
 def several_processes() -> bool:
