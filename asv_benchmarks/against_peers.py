@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ STEP_BARS = {
     ("J5", 128): {"1/1": 3.0},
 }
 MEMORY_BAR = 90  # MiB over SGD, at m = 256
+AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)  # the network of J4
 WIDEST = 12  # of a bar in the picture; a longer one is cut
 Row = dict[str, Any]
 
@@ -95,6 +97,23 @@ def bar(row: Row, rows: list[Row]) -> float | None:
     return {"J1": 0.60, "J2": 1.15, "J6b": 1.2, "J6b applied": 1.1, "J7": 1.2}.get(job)
 
 
+def work(row: Row) -> float | None:
+    """The flops of a step on the autoencoder over those of SGD: the ratio, were all of them equally fast.
+
+    The moving averages take symmetric products, the inverses Cholesky factorisations, which refreshed in every step are
+    substituted into, and the gradient of a layer is g and a of the batch where that takes fewer (`OuterProduct`).
+    """
+    if row["job"] != "J4":
+        return None
+    batch, schedule = row["size"].split(" ")
+    N, (statistics, inverses) = int(batch.removeprefix("m=")), map(int, schedule.split("/"))
+    layers = [(o, i + 1) for i, o in pairwise(AUTOENCODER)]
+    sgd = sum((6 if k else 4) * N * m * (n - 1) for k, (m, n) in enumerate(layers))
+    moments = sum(N * (m**2 + n**2) for m, n in layers) / statistics
+    cubes = sum(m**3 + n**3 for m, n in layers) * (1 / 3 if inverses == 1 else 1 / inverses)
+    return 1 + (moments + cubes + sum(2 * min(m * n * (m + n), N * (m**2 + n**2 + m * n)) for m, n in layers)) / sgd
+
+
 def library(row: Row) -> str | None:
     """The library that a row is of; None for a limit."""
     return next(
@@ -121,7 +140,8 @@ def tables(rows: list[Row]) -> str:
         if not ours:
             continue
         steps = job in ("J4", "J5")
-        head = ["size", "ours", "ratio", "bar", *(["MiB over SGD"] if steps else []), "peers, the fastest form of each"]
+        head = ["size", "ours", "ratio", "bar", *(["flops", "MiB over SGD"] if steps else [])]
+        head.append("peers, the fastest form of each")
         lines += [f"**{job}**: {title}", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
         for row in ours:
             limit = bar(row, rows)
@@ -134,7 +154,8 @@ def tables(rows: list[Row]) -> str:
                 "" if limit is None else verdict(row["ratio"], limit),
             ]
             if steps:
-                memory = row.get("memory")
+                flops, memory = work(row), row.get("memory")
+                cells.append("" if flops is None else f"{flops:.2f}")
                 judged = memory is not None and row["size"].startswith("m=256 ")
                 cells.append(
                     "" if memory is None else f"{memory:.0f}{f' ({verdict(memory, MEMORY_BAR)})' if judged else ''}"
