@@ -113,7 +113,7 @@ class Kronecker:
         m, n = self.shape
         left = _array.operand(b, "L", L, (m, L.shape[-1]))
         right = _array.operand(b, "R", R, (n, L.shape[-1]))
-        # What a batch gives are the transposes, of which all rows are read in order.
+        # L and R of a batch are transposed: it is their columns that lie together in memory.
         LB, RA = (_side.apply_right(b, blas, X.mT, M) for M, X in ((self.B, left), (self.A, right)))
         return _array.narrowed(b, _host.product(b, blas, LB.mT, RA), L.dtype)
 
