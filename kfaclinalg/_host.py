@@ -29,24 +29,24 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
     `host` takes floats and arrays of at most two dimensions, none of them empty, and changes none. It returns an array
     or several.
     """
-    check_choice("blas", blas, CHOICES)
-    views: Sequence[Any] | None = None
-    if b.kind == "numpy":
-        views = args if _are_single(args, np.ndarray) else None
-    elif b.kind == "torch" and blas == "auto" and _pays.get((b.dtype, host), True):
-        views = _views(args)
-    if views is None:
-        return native(*args)
-    if b.kind == "numpy":
-        return host(*views)
-    import torch
+    return each(b, blas, host, native, args)[0]
 
-    if (b.dtype, host) not in _pays:
-        _pays[b.dtype, host] = _trial(host, native, views)
-        return run(b, blas, host, native, *args)
+
+def each(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., Any], *calls: Sequence[Any]) -> Any:
+    """[run(b, blas, host, native, *args) for args in calls], on one way there and back."""
+    check_choice("blas", blas, CHOICES)
+    if b.kind == "numpy":
+        return [(host if _are_single(args, np.ndarray) else native)(*args) for args in calls]
+    if b.kind != "torch" or blas != "auto" or not _pays.get((b.dtype, host), True) or _is_watched():
+        return [native(*args) for args in calls]
+    views = [_views(args) for args in calls]
+    taken = [args for args in views if args is not None]
+    if taken and (b.dtype, host) not in _pays:
+        _pays[b.dtype, host] = _trial(host, native, taken[0])
+        return each(b, blas, host, native, *calls)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        result = host(*views)
-    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
+        results = iter([host(*args) for args in taken])
+    return [native(*args) if view is None else _back(next(results)) for args, view in zip(calls, views, strict=True)]
 
 
 def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
@@ -54,20 +54,26 @@ def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
     return run(b, blas, matmul, matmul, X, Y)
 
 
-def _views(args: Sequence[Any]) -> list[Any] | None:
-    """None where anything but values is asked for: a derivative, a transformation or a trace of torch's operations."""
+def _is_watched() -> bool:
+    """More than values is asked for, a transformation or a trace of torch's operations, or equality over processes."""
     import torch
 
-    if (
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
-        or not _are_single(args, torch.Tensor)
-    ):
+        # the trials of several processes could end differently, and their results drift apart
+        or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
+def _views(args: Sequence[Any]) -> list[Any] | None:
+    """None where one is not of a single matrix of the CPU, or has a derivative."""
+    import torch
+
+    if not _are_single(args, torch.Tensor):
         return None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return None  # the trials of several processes could end differently, and their results drift apart
     forward_ad: Any = torch.autograd.forward_ad
     recording, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     views = []
@@ -84,6 +90,12 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
             except (RuntimeError, TypeError):  # sparse, or minus the values that it holds
                 return None
     return views
+
+
+def _back(result: Any) -> Any:
+    from torch import from_numpy
+
+    return tuple(map(from_numpy, result)) if type(result) is tuple else from_numpy(result)
 
 
 def _are_single(args: Sequence[Any], array: Any) -> bool:

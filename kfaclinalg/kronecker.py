@@ -123,7 +123,7 @@ class Kronecker:
         or low-rank side has an inverse of its own kind.
         """
         _array.check_choice("method", method, _side.INVERSES)
-        return Kronecker(_side.inverse(self.A, method, blas), _side.inverse(self.B, method, blas))
+        return Kronecker(*_side.inverses(self._backend(), method, blas, self.A, self.B))
 
     def solve(self, V: Any, *, blas: str = "auto") -> Any:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
