@@ -40,13 +40,12 @@ def each(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., 
     if b.kind != "torch" or blas != "auto" or not _pays.get((b.dtype, host), True) or _is_watched():
         return [native(*args) for args in calls]
     views = [_views(args) for args in calls]
-    taken = [args for args in views if args is not None]
-    if taken and (b.dtype, host) not in _pays:
-        _pays[b.dtype, host] = _trial(host, native, taken[0])
+    if (b.dtype, host) not in _pays and any(views):
+        _pays[b.dtype, host] = _trial(host, native, next(filter(None, views)))
         return each(b, blas, host, native, *calls)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        results = iter([host(*args) for args in taken])
-    return [native(*args) if view is None else _back(next(results)) for args, view in zip(calls, views, strict=True)]
+        results = [host(*args) if args else None for args in views]
+    return [native(*args) if x is None else _tensors(x) for args, x in zip(calls, results, strict=True)]
 
 
 def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
@@ -72,30 +71,22 @@ def _views(args: Sequence[Any]) -> list[Any] | None:
     """None where one is not of a single matrix of the CPU, or has a derivative."""
     import torch
 
+    forward_ad: Any = torch.autograd.forward_ad
+    dual = forward_ad._current_level >= 0
     if not _are_single(args, torch.Tensor):
         return None
-    forward_ad: Any = torch.autograd.forward_ad
-    recording, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    views = []
-    for x in args:
-        if type(x) is float:
-            views.append(x)
-        elif (
-            not x.is_cpu or (recording and x.requires_grad) or (dual and forward_ad.unpack_dual(x).tangent is not None)
-        ):
-            return None
-        else:
-            try:
-                views.append(x.numpy())
-            except (RuntimeError, TypeError):  # sparse, or minus the values that it holds
-                return None
-    return views
+    if dual and any(type(x) is not float and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        return None
+    try:
+        return [x if type(x) is float else x.numpy() for x in args]
+    except (RuntimeError, TypeError):  # on another device, recorded by autograd, sparse, or minus what it holds
+        return None
 
 
-def _back(result: Any) -> Any:
-    from torch import from_numpy
+def _tensors(result: Any) -> Any:
+    import torch
 
-    return tuple(map(from_numpy, result)) if type(result) is tuple else from_numpy(result)
+    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
 
 def _are_single(args: Sequence[Any], array: Any) -> bool:
