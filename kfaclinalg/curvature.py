@@ -8,6 +8,7 @@ from typing import Any
 
 from . import _array, _host, _lapack, _linalg, _side
 from ._typing import Scalar
+from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import damped_inverses, factored_tikhonov
 from .factors import Factors, LayerFactors
@@ -34,7 +35,7 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     _array.check_choice("method", method, _side.INVERSES)
-    blocks = (Kronecker(*damped_inverses(layer, gamma, norm, method, blas)) for layer in factors.layers)
+    blocks = (rebuilt(Kronecker, damped_inverses(layer, gamma, norm, method, blas)) for layer in factors.layers)
     return BlockDiagonal(tuple(blocks))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _array, _conversions, _host, _lapack, _linalg, _side
 from ._typing import Scalar
-from ._value import value
+from ._value import rebuilt, value
 from .kronecker_basis import KroneckerBasis
 
 
@@ -123,7 +123,7 @@ class Kronecker:
         or low-rank side has an inverse of its own kind.
         """
         _array.check_choice("method", method, _side.INVERSES)
-        return Kronecker(*_side.inverses(self._backend(), method, blas, self.A, self.B))
+        return rebuilt(Kronecker, _side.inverses(self._backend(), method, blas, self.A, self.B))
 
     def solve(self, V: Any, *, blas: str = "auto") -> Any:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
