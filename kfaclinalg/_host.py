@@ -29,23 +29,24 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
     `host` takes floats and arrays of at most two dimensions, none of them empty, and changes none. It returns an array
     or several.
     """
-    return each(b, blas, host, native, args)[0]
-
-
-def each(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., Any], *calls: Sequence[Any]) -> Any:
-    """[run(b, blas, host, native, *args) for args in calls], on one way there and back."""
     check_choice("blas", blas, CHOICES)
+    views: Sequence[Any] | None = None
     if b.kind == "numpy":
-        return [(host if _are_single(args, np.ndarray) else native)(*args) for args in calls]
-    if b.kind != "torch" or blas != "auto" or not _pays.get((b.dtype, host), True) or _is_watched():
-        return [native(*args) for args in calls]
-    views = [_views(args) for args in calls]
-    if (b.dtype, host) not in _pays and any(views):
-        _pays[b.dtype, host] = _trial(host, native, next(filter(None, views)))
-        return each(b, blas, host, native, *calls)
+        views = args if _are_single(args, np.ndarray) else None
+    elif b.kind == "torch" and blas == "auto" and _pays.get((b.dtype, host), True):
+        views = _views(args)
+    if views is None:
+        return native(*args)
+    if b.kind == "numpy":
+        return host(*views)
+    import torch
+
+    if (b.dtype, host) not in _pays:
+        _pays[b.dtype, host] = _trial(host, native, views)
+        return run(b, blas, host, native, *args)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        results = [host(*args) if args else None for args in views]
-    return [native(*args) if x is None else _tensors(x) for args, x in zip(calls, results, strict=True)]
+        result = host(*views)
+    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
 
 def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
@@ -53,40 +54,36 @@ def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
     return run(b, blas, matmul, matmul, X, Y)
 
 
-def _is_watched() -> bool:
-    """More than values is asked for, a transformation or a trace of torch's operations, or equality over processes."""
+def _views(args: Sequence[Any]) -> list[Any] | None:
+    """None where anything but values is asked for: a derivative, a transformation or a trace of torch's operations."""
     import torch
 
-    return bool(
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
-        # the trials of several processes could end differently, and their results drift apart
-        or (torch.distributed.is_available() and torch.distributed.is_initialized())
-    )
-
-
-def _views(args: Sequence[Any]) -> list[Any] | None:
-    """None where one is not of a single matrix of the CPU, or has a derivative."""
-    import torch
-
+        or not _are_single(args, torch.Tensor)
+    ):
+        return None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None  # the trials of several processes could end differently, and their results drift apart
     forward_ad: Any = torch.autograd.forward_ad
-    dual = forward_ad._current_level >= 0
-    if not _are_single(args, torch.Tensor):
-        return None
-    if dual and any(type(x) is not float and forward_ad.unpack_dual(x).tangent is not None for x in args):
-        return None
-    try:
-        return [x if type(x) is float else x.numpy() for x in args]
-    except (RuntimeError, TypeError):  # on another device, recorded by autograd, sparse, or minus what it holds
-        return None
-
-
-def _tensors(result: Any) -> Any:
-    import torch
-
-    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
+    recording, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    views = []
+    for x in args:
+        if type(x) is float:
+            views.append(x)
+        elif (
+            not x.is_cpu or (recording and x.requires_grad) or (dual and forward_ad.unpack_dual(x).tangent is not None)
+        ):
+            return None
+        else:
+            try:
+                views.append(x.numpy())
+            except (RuntimeError, TypeError):  # sparse, or minus the values that it holds
+                return None
+    return views
 
 
 def _are_single(args: Sequence[Any], array: Any) -> bool:

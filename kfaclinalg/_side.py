@@ -49,12 +49,12 @@ def apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
     return apply_left(b, blas, M, X.mT).mT if isinstance(M, STRUCTURED) else _host.product(b, blas, X, M.mT)
 
 
-def inverses(b: _array.Backend, method: str, blas: str, *sides: Any) -> list[Any]:
-    """Of each side."""
-    host, native = (_lapack.factor, spd.cholesky) if method == "cholesky" else (_lapack.inverse, spd.inverse)
-    dense = [(M,) for M in sides if not isinstance(M, STRUCTURED)]
-    made = iter(_host.each(b, blas, host, partial(native, blas="native"), *dense))
-    return [_inverse(M, blas) if isinstance(M, STRUCTURED) else as_inverse(next(made), method) for M in sides]
+def inverses(b: _array.Backend, method: str, blas: str, *sides: Any) -> Any:
+    """Of each side; of dense ones at once."""
+    if are_structured(*sides):
+        return [_inverse(M, method, blas) for M in sides]
+    native = partial(_of_each, partial(_inverse, method=method, blas="native"))
+    return [as_inverse(made, method) for made in _host.run(b, blas, _HOST[method], native, *sides)]
 
 
 def as_inverse(made: Any, method: str) -> Any:
@@ -62,8 +62,20 @@ def as_inverse(made: Any, method: str) -> Any:
     return CholeskyInverse(made) if method == "cholesky" and not isinstance(made, STRUCTURED) else made
 
 
-def _inverse(M: Any, blas: str) -> Any:
-    return M.inverse(blas=blas) if isinstance(M, LowRankPlusDiagonal) else M.inverse()
+def _inverse(M: Any, method: str, blas: str) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    if isinstance(M, Diagonal | CholeskyInverse):
+        return M.inverse()
+    if isinstance(M, LowRankPlusDiagonal):
+        return M.inverse(blas=blas)
+    return as_inverse((spd.cholesky if method == "cholesky" else spd.inverse)(M, blas=blas), method)
+
+
+def _of_each(f: Any, *sides: Any) -> tuple[Any, ...]:
+    return tuple(map(f, sides))
+
+
+_HOST = {"explicit": partial(_of_each, _lapack.inverse), "cholesky": partial(_of_each, _lapack.factor)}
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:

@@ -55,21 +55,18 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     return LayerFactors(*map(partial(_side.shifted, b), layer, _shifts(b, norm, gamma, *layer)))
 
 
-def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, blas: str) -> tuple[Any, Any]:
+def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, blas: str) -> Any:
     """Those of `factored_tikhonov(layer, gamma)`. Where both factors are single and dense, all of it in one place."""
     gamma = _array.nonnegative("gamma", gamma)
     b = _checked(layer, norm)
-    separately = partial(_inverses, b, method, norm)
+
+    def in_steps(blas: str, gamma: Any, *sides: Any) -> Any:
+        return _side.inverses(b, method, blas, *map(partial(_side.shifted, b), sides, _shifts(b, norm, gamma, *sides)))
+
     if not isinstance(gamma, float) or _side.are_structured(*layer):  # one of a batch of dampings, perhaps
-        return separately(blas, gamma, *layer)
-    native = partial(separately, "native")
-    A, G = _host.run(b, blas, _HOST[method, norm], native, gamma, *layer)
-    return _side.as_inverse(A, method), _side.as_inverse(G, method)
-
-
-def _inverses(b: _array.Backend, method: str, norm: str, blas: str, gamma: Any, A: Any, G: Any) -> Any:
-    shifts = _shifts(b, norm, gamma, A, G)
-    return _side.inverses(b, method, blas, *map(partial(_side.shifted, b), (A, G), shifts))
+        return in_steps(blas, gamma, *layer)
+    made = _host.run(b, blas, _HOST[method, norm], partial(in_steps, "native"), gamma, *layer)
+    return [_side.as_inverse(M, method) for M in made]
 
 
 def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, Any]:

@@ -412,7 +412,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 2 * 18
+    assert len(_host._pays) == 2 * 20
 
 
 A2 = np.eye(2)
