@@ -32,6 +32,11 @@ def batches(**sides: Any) -> dict[str, tuple[int, ...]]:
     return {name: M.batch_shape if isinstance(M, STRUCTURED) else M.shape[:-2] for name, M in sides.items()}
 
 
+def are_structured(*sides: Any) -> bool:
+    """Any of them."""
+    return any(isinstance(M, STRUCTURED) for M in sides)
+
+
 def apply_left(b: _array.Backend, blas: str, M: Any, X: Any) -> Any:
     """M X for X (..., n, r)."""
     if isinstance(M, CholeskyInverse):
@@ -44,26 +49,33 @@ def apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
     return apply_left(b, blas, M, X.mT).mT if isinstance(M, STRUCTURED) else _host.product(b, blas, X, M.mT)
 
 
-def inverse(M: Any, method: str, blas: str) -> Any:
+def inverses(b: _array.Backend, method: str, blas: str, *sides: Any) -> Any:
+    """Of each side; of dense ones at once."""
+    if are_structured(*sides):
+        return [_inverse(M, method, blas) for M in sides]
+    native = partial(_of_each, partial(_inverse, method=method, blas="native"))
+    return [as_inverse(made, method) for made in _host.run(b, blas, _HOST[method], native, *sides)]
+
+
+def as_inverse(made: Any, method: str) -> Any:
+    """What `method` made of a dense side: an inverse as it is, a Cholesky factor as an operator."""
+    return CholeskyInverse(made) if method == "cholesky" and not isinstance(made, STRUCTURED) else made
+
+
+def _inverse(M: Any, method: str, blas: str) -> Any:
     _array.check_choice("blas", blas, _host.CHOICES)
     if isinstance(M, Diagonal | CholeskyInverse):
         return M.inverse()
     if isinstance(M, LowRankPlusDiagonal):
         return M.inverse(blas=blas)
-    return CholeskyInverse(spd.cholesky(M, blas=blas)) if method == "cholesky" else spd.inverse(M, blas=blas)
+    return as_inverse((spd.cholesky if method == "cholesky" else spd.inverse)(M, blas=blas), method)
 
 
-def damped_inverse(b: _array.Backend, M: Any, shift: Any, method: str, blas: str) -> Any:
-    """(M + shift I)⁻¹ for a shift (...), the sum of a single dense M made where it is factorised."""
-    if isinstance(M, STRUCTURED) or shift.ndim:
-        return inverse(shifted(b, M, shift), method, blas)
-    host = _lapack.factor if method == "cholesky" else _lapack.inverse
-    made = _host.run(b, blas, host, partial(_damped, b, method), M, shift)
-    return CholeskyInverse(made) if method == "cholesky" else made
+def _of_each(f: Any, *sides: Any) -> tuple[Any, ...]:
+    return tuple(map(f, sides))
 
 
-def _damped(b: _array.Backend, method: str, M: Any, shift: Any) -> Any:
-    return (spd.cholesky if method == "cholesky" else spd.inverse)(shifted(b, M, shift), blas="native")
+_HOST = {"explicit": partial(_of_each, _lapack.inverse), "cholesky": partial(_of_each, _lapack.factor)}
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:
@@ -85,7 +97,9 @@ def logdet(M: Any, blas: str) -> Any:
 
 
 def trace(b: _array.Backend, M: Any) -> Any:
-    return M.trace() if isinstance(M, STRUCTURED) else b.xp.linalg.trace(M)
+    if isinstance(M, STRUCTURED):
+        return M.trace()
+    return M.trace(axis1=-2, axis2=-1) if b.kind == "numpy" else b.xp.linalg.trace(M)
 
 
 def diagonal(b: _array.Backend, M: Any) -> Any:

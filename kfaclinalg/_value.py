@@ -103,7 +103,8 @@ def _restore(self: Any, values: Iterable[Any]) -> None:
         object.__setattr__(self, name, x)
 
 
-def _rebuilt(cls: type[T], values: Iterable[Any]) -> T:
+def rebuilt(cls: type[T], values: Iterable[Any]) -> T:
+    """A value of fields that need no checks."""
     self = object.__new__(cls)
     _restore(self, values)
     return self
@@ -130,7 +131,7 @@ def _register_with_jax(cls: Any) -> None:
     register_pytree_with_keys(
         cls,
         lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in cls.__match_args__], None),
-        lambda _, values: _rebuilt(cls, values),
+        lambda _, values: rebuilt(cls, values),
         lambda x: ([getattr(x, name) for name in cls.__match_args__], None),
     )
 
@@ -141,7 +142,7 @@ def _register_with_torch(cls: Any) -> None:
     register_pytree_node(
         cls,
         lambda x: ([getattr(x, name) for name in cls.__match_args__], None),
-        lambda values, _: _rebuilt(cls, values),
+        lambda values, _: rebuilt(cls, values),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         flatten_with_keys_fn=lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in cls.__match_args__], None),
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 from . import _array, _host, _lapack, _linalg, _side
 from ._typing import Scalar
+from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .damping import _shifts, factored_tikhonov
+from .damping import damped_inverses, factored_tikhonov
 from .factors import Factors, LayerFactors
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
@@ -34,10 +35,7 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     _array.check_choice("method", method, _side.INVERSES)
-    blocks = []
-    for layer in factors.layers:
-        b, shifts = _side.resolve(A=layer.A, G=layer.G), _shifts(layer, gamma, norm)
-        blocks.append(Kronecker(*(_side.damped_inverse(b, M, shift, method, blas) for M, shift in shifts)))
+    blocks = (rebuilt(Kronecker, damped_inverses(layer, gamma, norm, method, blas)) for layer in factors.layers)
     return BlockDiagonal(tuple(blocks))
 
 

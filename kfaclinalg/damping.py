@@ -9,9 +9,11 @@ keeps it, and π is chosen to make the norm of what is too much, the bracket, sm
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
-from . import _array, _side
+from . import _array, _host, _lapack, _side
 from ._typing import Scalar
 from .factors import LayerFactors
 
@@ -32,14 +34,7 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     >>> float(tikhonov_pi(LayerFactors(4 * np.eye(3), np.eye(2))))
     2.0
     """
-    _array.check_choice("norm", norm, NORMS)
-    b = _side.resolve(A=layer.A, G=layer.G)
-    _side.check(A=layer.A, G=layer.G)
-    sizes = (_size(b, M, norm) for M in layer)
-    a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in sizes)
-    zero = (a == 0) | (g == 0)
-    # √a/√g, not √(a/g): the quotient of two extreme sizes may leave the range
-    return b.xp.sqrt(b.xp.where(zero, 1.0, a)) / b.xp.sqrt(b.xp.where(zero, 1.0, g))
+    return _pi(_checked(layer, norm), norm, *layer)
 
 
 def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "trace") -> LayerFactors:
@@ -55,15 +50,56 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     >>> factored_tikhonov(LayerFactors(4 * np.eye(1), np.eye(1)), 0.5)
     LayerFactors(A=array([[5.]]), G=array([[1.25]]))
     """
-    b = _side.resolve(A=layer.A, G=layer.G)
-    return LayerFactors(*(_side.shifted(b, M, shift) for M, shift in _shifts(layer, gamma, norm)))
-
-
-def _shifts(layer: LayerFactors, gamma: Scalar, norm: str) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """A with π γ and G with γ/π, what eqn 7 adds to its diagonal."""
     gamma = _array.nonnegative("gamma", gamma)
-    pi = tikhonov_pi(layer, norm=norm)
-    return (layer.A, gamma * pi), (layer.G, gamma / pi)
+    b = _checked(layer, norm)
+    return LayerFactors(*map(partial(_side.shifted, b), layer, _shifts(b, norm, gamma, *layer)))
+
+
+def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, blas: str) -> Any:
+    """Those of `factored_tikhonov(layer, gamma)`. Where both factors are single and dense, all of it in one place."""
+    gamma = _array.nonnegative("gamma", gamma)
+    b = _checked(layer, norm)
+
+    def in_steps(blas: str, gamma: Any, *sides: Any) -> Any:
+        return _side.inverses(b, method, blas, *map(partial(_side.shifted, b), sides, _shifts(b, norm, gamma, *sides)))
+
+    if not isinstance(gamma, float) or _side.are_structured(*layer):  # one of a batch of dampings, perhaps
+        return in_steps(blas, gamma, *layer)
+    made = _host.run(b, blas, _HOST[method, norm], partial(in_steps, "native"), gamma, *layer)
+    return [_side.as_inverse(M, method) for M in made]
+
+
+def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, Any]:
+    a, g = _shifts(_array.resolve(A=A), norm, gamma, A, G)
+    return inverse(A, a), inverse(G, g)
+
+
+_ROUTINES = {"explicit": _lapack.inverse, "cholesky": _lapack.factor}
+_HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _ROUTINES.items() for norm in NORMS}
+
+
+def _shifts(b: _array.Backend, norm: str, gamma: Any, A: Any, G: Any) -> tuple[Any, Any]:
+    """π γ and γ/π, what eqn 7 adds to the diagonals of A and G."""
+    pi = _pi(b, norm, A, G)
+    return gamma * pi, gamma / pi
+
+
+def _pi(b: _array.Backend, norm: str, A: Any, G: Any) -> Any:
+    a, g = _size(b, A, norm), _size(b, G, norm)
+    if b.kind == "numpy" and a.ndim == g.ndim == 0:  # numbers: the same by Python's branches
+        finite = math.isfinite(a) and math.isfinite(g)
+        return b.dtype.type(1 if 0 in (a, g) else b.xp.sqrt(a) / b.xp.sqrt(g) if finite else _array.NAN)
+    a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in (a, g))
+    zero = (a == 0) | (g == 0)
+    # √a/√g, not √(a/g): the quotient of two extreme sizes may leave the range
+    return b.xp.sqrt(b.xp.where(zero, 1.0, a)) / b.xp.sqrt(b.xp.where(zero, 1.0, g))
+
+
+def _checked(layer: LayerFactors, norm: str) -> _array.Backend:
+    _array.check_choice("norm", norm, NORMS)
+    b = _side.resolve(A=layer.A, G=layer.G)
+    _side.check(A=layer.A, G=layer.G)
+    return b
 
 
 def _size(b: _array.Backend, M: Any, norm: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _array, _conversions, _host, _lapack, _linalg, _side
 from ._typing import Scalar
-from ._value import value
+from ._value import rebuilt, value
 from .kronecker_basis import KroneckerBasis
 
 
@@ -124,13 +124,16 @@ class Kronecker:
         or low-rank side has an inverse of its own kind.
         """
         _array.check_choice("method", method, _side.INVERSES)
-        return Kronecker(_side.inverse(self.A, method, blas), _side.inverse(self.B, method, blas))
+        return rebuilt(Kronecker, _side.inverses(self._backend(), method, blas, self.A, self.B))
 
     def solve(self, V: Any, *, blas: str = "auto") -> Any:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
         b = self._backend()
-        X = self._operand(b, V)
-        return _array.narrowed(b, _side.solve(self.A, _side.solve(self.B, X, blas).mT, blas).mT, V.dtype)
+        args = self.A, self.B, self._operand(b, V)
+        if _side.are_structured(self.A, self.B):
+            return _array.narrowed(b, _solved(partial(_side.solve, blas=blas), *args), V.dtype)
+        native = partial(_solved, partial(_side.solve, blas="native"))
+        return _array.narrowed(b, _host.run(b, blas, _host_solved, native, *args), V.dtype)
 
     def inverse_root(self, p: float, *, blas: str = "auto") -> Kronecker:
         """A^(-1/p) ⊗ B^(-1/p). About 9 (n³ + m³) flops; that of a `LowRankPlusDiagonal` is dense."""
@@ -178,10 +181,15 @@ class Kronecker:
         return X
 
 
+def _solved(solve: Any, A: Any, B: Any, X: Any) -> Any:
+    return solve(A, solve(B, X).mT).mT
+
+
 def _shifted_inverse(eigh: Any, shift: Any, A: Any, B: Any) -> tuple[Any, Any, Any]:
     (a, Q_A), (c, Q_B) = eigh(A), eigh(B)
     eigenvalues = c[..., :, None] * a[..., None, :] + _array.per_member(shift)
     return Q_A, Q_B, _linalg.reciprocal(_array.resolve(A=A), eigenvalues)
 
 
+_host_solved = partial(_solved, _lapack.solve)
 _host_shifted_inverse = partial(_shifted_inverse, _lapack.eigh)
