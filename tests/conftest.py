@@ -1,4 +1,6 @@
-"""The table of errors over eps, and the settings of hypothesis."""
+"""The table of errors over eps, and the settings of hypothesis and of the garbage collector."""
+
+import gc
 
 import pytest
 import torch
@@ -8,6 +10,11 @@ from matrices import worst
 torch.set_num_threads(1)  # the matrices are small: a second thread would only wait for the first
 settings.register_profile("kfaclinalg", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("kfaclinalg")
+
+
+def pytest_collection_finish() -> None:
+    """The modules and the tests live to the end: every collection would look at their objects again."""
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

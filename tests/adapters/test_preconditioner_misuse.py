@@ -1,0 +1,183 @@
+"""The errors of wrong options and of calls in a wrong order."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from training import ESTIMATORS, Mixed, assert_untouched, attributes, batch, network, one_step, preconditioned
+
+from kfaclinalg_torch import KFACPreconditioner
+
+MISTAKES = [
+    ({"estimator": "fisher"}, "estimator is 'fisher', expected one of"),
+    ({"structure": "kfac"}, "structure is 'kfac', expected one of"),
+    ({"reduction": "average"}, "reduction is 'average', expected one of"),
+    ({"likelihood": "poisson"}, "likelihood is 'poisson', expected one of"),
+    ({"likelihood": object()}, "lacks the methods"),
+    ({"likelihood": None}, "likelihood"),
+    ({"weight_sharing": "both"}, "weight_sharing"),
+    ({"weight_sharing": {"0": "both"}}, "weight_sharing"),
+    ({"weight_sharing": {"nothing": "reduce"}}, "weight_sharing names nothing"),
+    ({"skip": ["nothing"]}, "skip.*nothing"),
+    ({"skip": "0"}, "skip"),
+    ({"damping": -1.0}, "damping"),
+    ({"damping": math.nan}, "damping"),
+    ({"damping": math.inf}, "damping"),
+    ({"decay": 1.0}, "decay"),
+    ({"decay": -0.1}, "decay"),
+    ({"decay": math.nan}, "decay"),
+    ({"statistics_period": 0}, "statistics_period"),
+    ({"statistics_period": -2}, "statistics_period"),
+    ({"inverse_period": 0}, "inverse_period"),
+    ({"inverse_period": -2}, "inverse_period"),
+    ({"inverse_period": 2.5}, "inverse_period"),
+    ({"samples": 0}, "samples"),
+    ({"samples": -1}, "samples"),
+    ({"kl_clip": -1.0}, "kl_clip"),
+    ({"kl_clip": math.nan}, "kl_clip"),
+    ({"kl_lr": -1.0}, "kl_lr"),
+    ({"pi_norm": "nuclear"}, "norm"),
+    ({"rank": 0}, "rank"),
+    ({"factor_dtype": torch.bfloat16}, "factor_dtype"),
+    ({"factor_dtype": torch.int64}, "factor_dtype"),
+    ({"structure": "eigen", "rank": 2}, "rank"),
+    ({"structure": "block-tridiagonal", "rank": 2}, "rank"),
+    ({"structure": "block-tridiagonal", "exact_damping": True}, "exact_damping"),
+    ({"exact_damping": True, "rank": 2}, "rank"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), MISTAKES, ids=[re.sub(" at 0x.*", "", str(options)) for options, _ in MISTAKES]
+)
+def test_a_wrong_option_is_refused_at_once_and_leaves_no_hook(options, message):
+    model = network(4, 5, 3)
+    before = attributes(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        KFACPreconditioner(model, **({"likelihood": "categorical"} | options))
+    assert_untouched(model, before)
+
+
+def test_a_wrong_keyword_is_refused():
+    with pytest.raises(TypeError, match="learning_rate"):
+        KFACPreconditioner(network(4, 3), likelihood="categorical", learning_rate=0.1)
+
+
+def test_a_chain_of_other_layers_is_refused():
+    with pytest.raises(ValueError, match=r"block-tridiagonal.*embedding"):
+        preconditioned(Mixed(), structure="block-tridiagonal")
+
+
+@pytest.mark.parametrize("name", ["damping", "inverse_period", "statistics_period", "kl_clip", "kl_lr"])
+def test_what_a_callable_gives_is_checked_too(name):
+    model = network(4, 5, 3)
+    with pytest.raises(ValueError, match=name):  # noqa: PT012
+        options = {"kl_clip": 1.0, "inverse_period": 1} | {name: lambda step: 1 if step < 2 else -1}
+        preconditioner = preconditioned(model, **options)
+        for step in range(4):
+            one_step(model, preconditioner, *batch(seed=step))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+class TestUpdate:
+    def test_twice(self, estimator):
+        model, (x, _) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        outputs = model(x)
+        preconditioner.update(outputs)
+        with pytest.raises((RuntimeError, ValueError), match="update"):
+            preconditioner.update(outputs)
+
+    def test_between_statistics_it_does_nothing_however_often(self, estimator):
+        model, (x, y) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator, statistics_period=2)
+        one_step(model, preconditioner, x, y)
+        outputs = model(x)
+        preconditioner.update(outputs)
+        preconditioner.update(outputs)
+
+    @pytest.mark.parametrize("other", ["model", "pass without gradients", "detached", "earlier pass"])
+    def test_with_outputs_of_something_else(self, estimator, other):
+        model, (x, y) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        if other == "earlier pass":
+            outputs = model(x)
+            preconditioner.update(outputs)
+            functional.cross_entropy(outputs, y).backward(retain_graph=True)
+            preconditioner.step()
+            model(x)
+        elif other == "pass without gradients":
+            with torch.no_grad():
+                outputs = model(x)
+        elif other == "detached":
+            outputs = model(x).detach()
+        else:
+            model(x)
+            outputs = network(4, 3, seed=1)(x)
+        with pytest.raises((RuntimeError, ValueError), match=r"outputs|update"):
+            preconditioner.update(outputs)
+
+    @pytest.mark.parametrize("kind", [tuple, lambda z: {"logits": z}, lambda z: None])
+    def test_with_what_is_no_tensor(self, estimator, kind):
+        model, (x, _) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        outputs = kind(model(x))
+        with pytest.raises((TypeError, ValueError), match="outputs"):
+            preconditioner.update(outputs)
+
+    def test_after_the_backward_pass(self, estimator):
+        """Its graph is gone: torch says so."""
+        model, (x, y) = network(4, 5, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        outputs = model(x)
+        functional.cross_entropy(outputs, y).backward()
+        with pytest.raises(RuntimeError, match="backward"):
+            preconditioner.update(outputs)
+
+    def test_after_an_input_was_changed_in_place(self, estimator):
+        model, (x, _) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        outputs = model(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="'0' were changed in place"):
+            preconditioner.update(outputs)
+
+
+def test_update_with_the_empirical_estimator():
+    model = network(4, 3)
+    preconditioner = preconditioned(model, "empirical")
+    with pytest.raises(ValueError, match=r"'empirical' takes its statistics from loss.backward\(\)"):
+        preconditioner.update(model(batch()[0]))
+
+
+def test_an_input_changed_in_place_before_the_loss_s_own_backward_pass():
+    """Where autograd itself has no need of it: the weight's gradient of a Linear whose weight is frozen later."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.Embedding(5, 3)
+
+        def forward(self, tokens):
+            return self.norm(tokens).sum(1)
+
+    model, tokens = Sum(), torch.randint(5, (6, 2))
+    preconditioner = preconditioned(model, "empirical")
+    loss = functional.cross_entropy(model(tokens), torch.zeros(6, dtype=torch.int64))
+    tokens.add_(0)
+    with pytest.raises(RuntimeError, match=r"in place|inplace"):
+        loss.backward()
+    assert preconditioner.layers == {}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_step_before_anything_was_captured(estimator):
+    missing = r"loss.backward\(\)" if estimator == "empirical" else r"update\(outputs\)"
+    model = network(4, 3)
+    preconditioner = preconditioned(model, estimator)
+    with pytest.raises(RuntimeError, match=f"nothing was captured before step.*{missing}"):
+        preconditioner.step()
+    one_step(model, preconditioner, *batch())  # it is as before
