@@ -17,8 +17,8 @@ import pytest
 import torch
 
 jax.config.update("jax_enable_x64", True)
-# Nearly all the time of JAX's tests is in compiling: XLA's older emitter of loops takes half as long, and unoptimised
-# code is sooner there. What is computed is the same. XLA reads the variable where the first array is made.
+# Nearly all the time of JAX's tests is in compiling: XLA's older emitter of loops takes half as long, and what is not
+# optimised is there sooner. The bounds hold for either. XLA reads the variable where the first array is made.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
