@@ -1,6 +1,7 @@
-"""The table of errors over eps, and the settings of hypothesis and of the garbage collector."""
+"""The table of errors over eps, a default dtype, and the settings of hypothesis and of the garbage collector."""
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from matrices import worst
 torch.set_num_threads(1)  # the matrices are small: a second thread would only wait for the first
 settings.register_profile("kfaclinalg", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("kfaclinalg")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """torch's own layers in float64."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def pytest_collection_finish() -> None:
