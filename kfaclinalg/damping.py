@@ -85,13 +85,13 @@ def _shifts(b: _array.Backend, norm: str, gamma: Any, A: Any, G: Any) -> tuple[A
 
 
 def _pi(b: _array.Backend, norm: str, A: Any, G: Any) -> Any:
+    """√a/√g, not √(a/g): the quotient of two extreme sizes may leave the range."""
     a, g = _size(b, A, norm), _size(b, G, norm)
     if b.kind == "numpy" and a.ndim == g.ndim == 0:  # numbers: the same by Python's branches
         finite = math.isfinite(a) and math.isfinite(g)
         return b.dtype.type(1 if 0 in (a, g) else b.xp.sqrt(a) / b.xp.sqrt(g) if finite else _array.NAN)
     a, g = (b.xp.where(b.xp.isfinite(size), size, _array.NAN) for size in (a, g))
     zero = (a == 0) | (g == 0)
-    # √a/√g, not √(a/g): the quotient of two extreme sizes may leave the range
     return b.xp.sqrt(b.xp.where(zero, 1.0, a)) / b.xp.sqrt(b.xp.where(zero, 1.0, g))
 
 
