@@ -56,6 +56,16 @@ def mirrored(X: Any) -> Any:
     return Y
 
 
+def cleaned(L: Any) -> Any:
+    """L, in its place, with zeros above the diagonal: LAPACK's wrappers write them by rows, which lie apart."""
+    for i in range(0, len(L), BLOCK):
+        columns = slice(i, i + BLOCK)
+        square = L[columns, columns]
+        np.copyto(square, 0, where=_above(len(square)))
+        L[:i, columns] = 0
+    return L
+
+
 @lru_cache
 def _above(n: int) -> Any:
     return ~np.tri(n, dtype=bool)

@@ -12,22 +12,22 @@ import numpy as np
 from scipy.linalg import blas, lapack
 
 from ._array import NAN
-from ._blas import BLOCK, lower_half, mirrored, routine
+from ._blas import BLOCK, cleaned, lower_half, mirrored, routine
 
 
-def cholesky(M: Any, shift: Any = 0.0, clean: int = 0) -> Any:
-    """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, None where there is none; unless `clean`, with anything above it."""
+def cholesky(M: Any, shift: Any = 0.0) -> Any:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, with anything above it; None where there is none."""
     X = lower_half(M)
     if shift:
         np.einsum("ii->i", X)[...] += shift
-    L, info = routine(lapack, M, "potrf")(X, lower=1, clean=clean, overwrite_a=1)
+    L, info = routine(lapack, M, "potrf")(X, lower=1, clean=0, overwrite_a=1)
     return L if info == 0 and math.isfinite(L.trace()) else None
 
 
 def factor(M: Any, shift: Any = 0.0) -> Any:
     """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I."""
-    L = cholesky(M, shift, clean=1)
-    return np.full_like(M, NAN) if L is None else L
+    L = cholesky(M, shift)
+    return np.full_like(M, NAN) if L is None else cleaned(L)
 
 
 def inverse(M: Any, shift: Any = 0.0) -> Any:
@@ -165,8 +165,8 @@ def _whitened(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any, Any]:
     root, scale = np.sqrt(d)[:, None], np.sqrt(s)
     V = U / root
     G = np.eye(len(s), dtype=s.dtype) + scale[:, None] * (V.T @ V) * scale
-    L = cholesky(G, clean=1)
-    K = None if L is None else routine(lapack, L, "trtri")(L / scale[:, None], lower=1, overwrite_c=1)[0]
+    L = cholesky(G)
+    K = None if L is None else routine(lapack, L, "trtri")(cleaned(L) / scale[:, None], lower=1, overwrite_c=1)[0]
     return V, K, root, np.linalg.norm(G) * (8 + len(s) ** 0.5) * np.finfo(V.dtype).eps
 
 
