@@ -14,7 +14,7 @@ from .cholesky_inverse import CholeskyInverse
 from .low_rank import Diagonal, LowRankPlusDiagonal
 
 STRUCTURED = (Diagonal, LowRankPlusDiagonal, CholeskyInverse)
-INVERSES = ("explicit", "cholesky")
+INVERSES = {"explicit": _lapack.inverse, "cholesky": _lapack.factor}  # of one side, on the host
 
 
 def resolve(**sides: Any) -> _array.Backend:
@@ -75,7 +75,7 @@ def _of_each(f: Any, *sides: Any) -> tuple[Any, ...]:
     return tuple(map(f, sides))
 
 
-_HOST = {"explicit": partial(_of_each, _lapack.inverse), "cholesky": partial(_of_each, _lapack.factor)}
+_HOST = {method: partial(_of_each, f) for method, f in INVERSES.items()}
 
 
 def solve(M: Any, X: Any, blas: str) -> Any:

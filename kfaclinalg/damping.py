@@ -13,7 +13,7 @@ import math
 from functools import partial
 from typing import Any
 
-from . import _array, _host, _lapack, _side
+from . import _array, _host, _side
 from ._typing import Scalar
 from .factors import LayerFactors
 
@@ -74,8 +74,7 @@ def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tup
     return inverse(A, a), inverse(G, g)
 
 
-_ROUTINES = {"explicit": _lapack.inverse, "cholesky": _lapack.factor}
-_HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _ROUTINES.items() for norm in NORMS}
+_HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _side.INVERSES.items() for norm in NORMS}
 
 
 def _shifts(b: _array.Backend, norm: str, gamma: Any, A: Any, G: Any) -> tuple[Any, Any]:
