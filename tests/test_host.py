@@ -369,6 +369,14 @@ def test_symmetric_results_are_exactly_symmetric(b, n, taken):
     assert len(taken) == 5
 
 
+@both_dtypes
+@pytest.mark.parametrize("n", [1, 2, 79, 80, 81, 160, 161, 257])
+def test_a_cholesky_factor_is_zero_above_the_diagonal(b, n, taken):
+    L = spd.cholesky(arguments(b, n, 4)[0])
+    assert len(taken) == 1
+    assert torch.equal(L, L.tril())
+
+
 def test_large_entries_do_not_overflow_when_symmetrised(taken):
     A = torch.eye(3) * 3e38
     torch.testing.assert_close(spd.inverse(A), torch.eye(3) / 3e38)
