@@ -51,7 +51,7 @@ def mirrored(X: Any) -> Any:
     for i in range(0, len(Y), BLOCK):
         rows, others = slice(i, i + BLOCK), slice(i + BLOCK, None)
         square = Y[rows, rows]
-        np.copyto(square.T, square, where=_above(len(square)))
+        np.copyto(square.T, square.copy(), where=_above(len(square)))
         Y[others, rows] = Y[rows, others].copy().T
     return Y
 

@@ -52,15 +52,11 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
         _array.operand(b, name, gram, (k, k))
     Q = _linalg.symmetrised(_array.widest(curvature_gram) + _array.per_member(damping) * _array.widest(direction_gram))
+    slopes = _array.widest(slopes)
     finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(slopes), axis=-1)
     Q = b.xp.where(finite[..., None, None], Q, _array.NAN)  # the whole member is NaN then
-    # In units where each direction has curvature 1, so that a parallel one is known by its cosine.
-    curvature = b.xp.linalg.diagonal(Q)
-    unit = 1 / b.xp.sqrt(b.xp.where(curvature <= 0, 1.0, curvature))
-    fit = _line_searches(
-        b, unit[..., :, None] * Q * unit[..., None, :], unit * _array.widest(slopes), max(PARALLEL, 10 * k * b.eps)
-    )
-    return QuadraticFit(*(_array.narrowed(b, x, b.dtype) for x in (unit * fit.coefficients, fit.change)))
+    fit = _line_searches(b, Q, slopes, max(PARALLEL, 10 * k * b.eps))
+    return QuadraticFit(*(_array.narrowed(b, x, b.dtype) for x in fit))
 
 
 def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], /) -> Any:
@@ -87,28 +83,21 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
 
 
 def _line_searches(b: _array.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
-    """The minimiser of ½ cᵀQc + slopesᵀc: directions made conjugate one by one, and one line search along each."""
+    """The minimiser of ½ cᵀQc + slopesᵀc, by Gauss-Jordan elimination of Q c = -slopes.
+
+    A pivot is the curvature along what is left of a direction beside those before it: each step is a line search.
+    """
     xp, k = b.xp, slopes.shape[-1]
-
-    def dot(x: Any, y: Any) -> Any:  # not xp.vecdot: torch's `vmap` does not take array-api-compat's
-        return xp.sum(x * y, axis=-1)
-
-    coefficients = 0 * slopes
-    change = xp.sum(coefficients, axis=-1)
-    conjugate: list[tuple[Any, Any, Any]] = []
+    rows = [[*(Q[..., i, j] for j in range(k)), -slopes[..., i]] for i in range(k)]
+    change = xp.sum(slopes[..., :0], axis=-1)
     for j in range(k):
-        p = xp.astype(b.eye(k), slopes.dtype)[j, ...] + 0 * slopes
-        for q, Qq, inverse_curvature in conjugate:
-            p = p - (inverse_curvature * Qq[..., j])[..., None] * q
-        Qp = dot(Q, p[..., None, :])
-        curvature = dot(p, Qp)  # 1 - cos² between this direction and those before it
-        dropped = curvature <= parallel
-        inverse_curvature = xp.where(dropped, 0.0, 1 / xp.where(dropped, 1.0, curvature))
-        slope = dot(p, slopes)
-        coefficients = coefficients - (inverse_curvature * slope)[..., None] * p
-        change = change - 0.5 * inverse_curvature * slope * slope
-        conjugate.append((p, Qp, inverse_curvature))
-    return QuadraticFit(coefficients, change)
+        dropped = rows[j][j] <= parallel * Q[..., j, j]
+        pivot = xp.where(dropped, math.inf, rows[j][j])  # what is divided by it is 0
+        step = [x / pivot for x in rows[j]]
+        change = change - 0.5 * step[-1] * rows[j][-1]
+        rows = [[x - row[j] * y for x, y in zip(row, step, strict=True)] for row in rows]
+        rows[j] = step
+    return QuadraticFit(xp.stack([row[-1] for row in rows], axis=-1) if k else slopes, change)
 
 
 def reduction_ratio(loss_before: float, loss_after: float, change: float, /) -> float:
