@@ -59,7 +59,7 @@ def block_tridiagonal_inverse(
     >>> (block_tridiagonal_inverse(factors, 0.0) @ (one, 0 * one))[0]
     array([[1.33333333]])
     """
-    layers = [factored_tikhonov(layer, gamma, norm=norm) for layer in factors.layers]
+    layers = [factored_tikhonov(layer, gamma, norm=norm, blas=blas) for layer in factors.layers]
     _check_links(factors)
     # Layer i given layer i+1, with X the link of one side and L Lᵀ = A_{i+1}: Ψ = X A_{i+1}⁻¹, and
     #     Σ_{i|i+1} = A_i ⊗ G_i - Ψ^A A_{i+1} Ψ^Aᵀ ⊗ Ψ^G G_{i+1} Ψ^Gᵀ,

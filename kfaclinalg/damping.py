@@ -13,6 +13,8 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from . import _array, _host, _side
 from ._typing import Scalar
 from .factors import LayerFactors
@@ -20,12 +22,12 @@ from .factors import LayerFactors
 NORMS = ("trace", "frobenius", "spectral")
 
 
-def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
+def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace", blas: str = "auto") -> Any:
     """π = √(‖A ⊗ I‖ / ‖I ⊗ G‖), an array of the batch's shape; 1 where a factor is zero (Section 6.3).
 
     "trace" compares the mean eigenvalues tr(A)/n and tr(G)/m, "frobenius" the root mean squares ‖A‖_F/√n and
     ‖G‖_F/√m, "spectral" the largest ones (an eigendecomposition of both). n + m, 2 (n² + m²) and about 4 (n³ + m³)
-    flops.
+    flops. `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: A or G is not a square array of one namespace, dtype and device; an unknown norm.
@@ -34,14 +36,16 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Any:
     >>> float(tikhonov_pi(LayerFactors(4 * np.eye(3), np.eye(2))))
     2.0
     """
-    return _pi(_checked(layer, norm), norm, *layer)
+    return _pi(_checked(layer, norm), blas, norm, *layer)
 
 
-def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "trace") -> LayerFactors:
+def factored_tikhonov(
+    layer: LayerFactors, gamma: Scalar, /, *, norm: str = "trace", blas: str = "auto"
+) -> LayerFactors:
     """(A + π γ I, G + γ/π I) (eqn 7). γ is a number or an array that broadcasts with the batch.
 
     γ is the strength in each *factor*: their product adds γ² to the curvature itself, so γ = √(λ + η) at the start.
-    n² + m² flops, and those of π.
+    n² + m² flops, and those of π, for which `blas` is.
 
     Raises:
         TypeError, ValueError: as for `tikhonov_pi`; or γ is negative, NaN or infinite.
@@ -52,7 +56,7 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     """
     gamma = _array.nonnegative("gamma", gamma)
     b = _checked(layer, norm)
-    return LayerFactors(*map(partial(_side.shifted, b), layer, _shifts(b, norm, gamma, *layer)))
+    return _damped(b, gamma, _pi(b, blas, norm, *layer), *layer)
 
 
 def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, blas: str) -> Any:
@@ -61,7 +65,7 @@ def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, 
     b = _checked(layer, norm)
 
     def in_steps(blas: str, gamma: Any, *sides: Any) -> Any:
-        return _side.inverses(b, method, blas, *map(partial(_side.shifted, b), sides, _shifts(b, norm, gamma, *sides)))
+        return _side.inverses(b, method, blas, *_damped(b, gamma, _pi(b, blas, norm, *sides), *sides))
 
     if not isinstance(gamma, float) or _side.are_structured(*layer):  # one of a batch of dampings, perhaps
         return in_steps(blas, gamma, *layer)
@@ -70,20 +74,32 @@ def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, 
 
 
 def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, Any]:
-    a, g = _shifts(_array.resolve(A=A), norm, gamma, A, G)
-    return inverse(A, a), inverse(G, g)
+    pi = _quotient(_array.resolve(A=A), norm, A, G)
+    return inverse(A, gamma * pi), inverse(G, gamma / pi)
 
 
 _HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _side.INVERSES.items() for norm in NORMS}
 
 
-def _shifts(b: _array.Backend, norm: str, gamma: Any, A: Any, G: Any) -> tuple[Any, Any]:
-    """π γ and γ/π, what eqn 7 adds to the diagonals of A and G."""
-    pi = _pi(b, norm, A, G)
-    return gamma * pi, gamma / pi
+def _damped(b: _array.Backend, gamma: Any, pi: Any, A: Any, G: Any) -> LayerFactors:
+    return LayerFactors(_side.shifted(b, A, gamma * pi), _side.shifted(b, G, gamma / pi))
 
 
-def _pi(b: _array.Backend, norm: str, A: Any, G: Any) -> Any:
+def _pi(b: _array.Backend, blas: str, norm: str, A: Any, G: Any) -> Any:
+    _array.check_choice("blas", blas, _host.CHOICES)
+    if _side.are_structured(A, G):
+        return _quotient(b, norm, A, G)
+    return _host.run(b, blas, _HOST_PI[norm], partial(_quotient, b, norm), A, G)
+
+
+def _host_pi(norm: str, A: Any, G: Any) -> Any:
+    return np.asarray(_quotient(_array.resolve(A=A), norm, A, G))
+
+
+_HOST_PI = {norm: partial(_host_pi, norm) for norm in NORMS}
+
+
+def _quotient(b: _array.Backend, norm: str, A: Any, G: Any) -> Any:
     """√a/√g, not √(a/g): the quotient of two extreme sizes may leave the range."""
     a, g = _size(b, A, norm), _size(b, G, norm)
     if b.kind == "numpy" and a.ndim == g.ndim == 0:  # numbers: the same by Python's branches

@@ -26,9 +26,11 @@ from kfaclinalg import (
     block_diagonal_inverse,
     block_tridiagonal_inverse,
     exactly_damped_inverse,
+    factored_tikhonov,
     second_moment,
     spd,
     testing,
+    tikhonov_pi,
     update_factors,
 )
 
@@ -101,7 +103,9 @@ CALLS = {
     ),
     "LowRankPlusDiagonal.solve": (lambda A, G, V, blas: low_rank_of(A, 1.0).solve(A, blas=blas), 1),
     "LowRankPlusDiagonal.solve, s below zero": (lambda A, G, V, blas: low_rank_of(A, -0.1).solve(A, blas=blas), 1),
-    "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 13),
+    "tikhonov_pi": (lambda A, G, V, blas: tikhonov_pi(LayerFactors(A, G), blas=blas), 1),
+    "factored_tikhonov": (lambda A, G, V, blas: tuple(factored_tikhonov(LayerFactors(A, G), 0.1, blas=blas)), 1),
+    "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 15),
     "exactly_damped_inverse": (
         lambda A, G, V, blas: applied(exactly_damped_inverse(average(A, G), 0.1, blas=blas).blocks[0], V, blas),
         4,
@@ -419,7 +423,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 2 * 20
+    assert len(_host._pays) == 2 * 21
 
 
 A2 = np.eye(2)
