@@ -37,16 +37,41 @@ def are_structured(*sides: Any) -> bool:
     return any(isinstance(M, STRUCTURED) for M in sides)
 
 
-def apply_left(b: _array.Backend, blas: str, M: Any, X: Any) -> Any:
+def apply(b: _array.Backend, blas: str, sides: tuple[Any, Any], X: Any) -> Any:
+    """B X Aᵀ for (A, B) and X (..., m, n)."""
+    if not are_structured(*sides):
+        return _host.run(b, blas, _applied, _applied, *sides, X)
+    A, B = sides
+    return _apply_right(b, blas, _apply_left(b, blas, B, X), A)
+
+
+def apply_outer(b: _array.Backend, blas: str, sides: tuple[Any, Any], L: Any, R: Any) -> Any:
+    """B L (A R)ᵀ for (A, B), L (..., m, r) and R (..., n, r)."""
+    if not are_structured(*sides):
+        return _host.run(b, blas, _applied_outer, _applied_outer, *sides, L, R)
+    RA, LB = (_apply_right(b, blas, X.mT, M) for M, X in zip(sides, (R, L), strict=True))
+    return _host.product(b, blas, LB.mT, RA)
+
+
+def _applied(A: Any, B: Any, X: Any) -> Any:
+    return B @ X @ A.mT
+
+
+def _applied_outer(A: Any, B: Any, L: Any, R: Any) -> Any:
+    """From the right: L and R of a batch are transposed, it is their columns that lie together in memory."""
+    return (L.mT @ B.mT).mT @ (R.mT @ A.mT)
+
+
+def _apply_left(b: _array.Backend, blas: str, M: Any, X: Any) -> Any:
     """M X for X (..., n, r)."""
     if isinstance(M, CholeskyInverse):
         return M.apply(X, blas=blas)
     return M @ X if isinstance(M, STRUCTURED) else _host.product(b, blas, M, X)
 
 
-def apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
+def _apply_right(b: _array.Backend, blas: str, X: Any, M: Any) -> Any:
     """X Mᵀ for X (..., r, n)."""
-    return apply_left(b, blas, M, X.mT).mT if isinstance(M, STRUCTURED) else _host.product(b, blas, X, M.mT)
+    return _apply_left(b, blas, M, X.mT).mT if isinstance(M, STRUCTURED) else _host.product(b, blas, X, M.mT)
 
 
 def inverses(b: _array.Backend, method: str, blas: str, *sides: Any) -> Any:

@@ -13,8 +13,6 @@ import math
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from . import _array, _host, _side
 from ._typing import Scalar
 from .factors import LayerFactors
@@ -73,16 +71,21 @@ def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, 
     return [_side.as_inverse(M, method) for M in made]
 
 
-def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, Any]:
+def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, ...]:
     pi = _quotient(_array.resolve(A=A), norm, A, G)
-    return inverse(A, gamma * pi), inverse(G, gamma / pi)
+    return tuple(map(inverse, (A, G), _shifts(gamma, pi)))
 
 
 _HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _side.INVERSES.items() for norm in NORMS}
 
 
-def _damped(b: _array.Backend, gamma: Any, pi: Any, A: Any, G: Any) -> LayerFactors:
-    return LayerFactors(_side.shifted(b, A, gamma * pi), _side.shifted(b, G, gamma / pi))
+def _damped(b: _array.Backend, gamma: Any, pi: Any, *sides: Any) -> LayerFactors:
+    return LayerFactors(*map(partial(_side.shifted, b), sides, _shifts(gamma, pi)))
+
+
+def _shifts(gamma: Any, pi: Any) -> tuple[Any, Any]:
+    """What eqn 7 adds to the diagonals of A and G."""
+    return gamma * pi, gamma / pi
 
 
 def _pi(b: _array.Backend, blas: str, norm: str, A: Any, G: Any) -> Any:
@@ -93,7 +96,8 @@ def _pi(b: _array.Backend, blas: str, norm: str, A: Any, G: Any) -> Any:
 
 
 def _host_pi(norm: str, A: Any, G: Any) -> Any:
-    return np.asarray(_quotient(_array.resolve(A=A), norm, A, G))
+    b = _array.resolve(A=A)
+    return b.xp.asarray(_quotient(b, norm, A, G), device=b.device)
 
 
 _HOST_PI = {norm: partial(_host_pi, norm) for norm in NORMS}

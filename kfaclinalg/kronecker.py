@@ -97,8 +97,7 @@ class Kronecker:
             return self.apply_outer(V.L, V.R, blas=blas)
         b = self._backend()
         _array.check_choice("blas", blas, _host.CHOICES)
-        X = _side.apply_left(b, blas, self.B, self._operand(b, V))
-        return _array.narrowed(b, _side.apply_right(b, blas, X, self.A), V.dtype)
+        return _array.narrowed(b, _side.apply(b, blas, (self.A, self.B), self._operand(b, V)), V.dtype)
 
     def __matmul__(self, V: Any) -> Any:
         """B V Aᵀ (..., m, n). 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
@@ -113,9 +112,7 @@ class Kronecker:
         m, n = self.shape
         left = _array.operand(b, "L", L, (m, L.shape[-1]))
         right = _array.operand(b, "R", R, (n, L.shape[-1]))
-        # L and R of a batch are transposed: it is their columns that lie together in memory.
-        LB, RA = (_side.apply_right(b, blas, X.mT, M) for M, X in ((self.B, left), (self.A, right)))
-        return _array.narrowed(b, _host.product(b, blas, LB.mT, RA), L.dtype)
+        return _array.narrowed(b, _side.apply_outer(b, blas, (self.A, self.B), left, right), L.dtype)
 
     def inverse(self, *, method: str = "explicit", blas: str = "auto") -> Kronecker:
         """A⁻¹ ⊗ B⁻¹ (Section 4.2). About n³ + m³ flops, a third of it with `method` "cholesky".

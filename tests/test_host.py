@@ -78,8 +78,8 @@ CALLS = {
     "CholeskyInverse.apply": (lambda A, G, V, blas: CholeskyInverse(A).apply(V.mT, blas=blas), 1),
     "spd.solve": (lambda A, G, V, blas: spd.solve(A, V.mT, blas=blas), 1),
     "spd.solve of a vector": (lambda A, G, V, blas: spd.solve(A, V[0, :], blas=blas), 1),
-    "Kronecker.apply": (lambda A, G, V, blas: Kronecker(A, G).apply(V, blas=blas), 2),
-    "Kronecker.apply, outer": (lambda A, G, V, blas: Kronecker(A, G).apply(OuterProduct(G, V.mT), blas=blas), 3),
+    "Kronecker.apply": (lambda A, G, V, blas: Kronecker(A, G).apply(V, blas=blas), 1),
+    "Kronecker.apply, outer": (lambda A, G, V, blas: Kronecker(A, G).apply(OuterProduct(G, V.mT), blas=blas), 1),
     "Kronecker.inverse": (lambda A, G, V, blas: tuple(leaves(Kronecker(A, G).inverse(blas=blas))), 2),
     "Kronecker.solve": (lambda A, G, V, blas: Kronecker(A, G).solve(V, blas=blas), 1),
     "Kronecker.inverse cholesky": (
@@ -96,7 +96,7 @@ CALLS = {
         4,
     ),
     "KroneckerPair.inverse": (lambda A, G, V, blas: applied(pair(A, G).inverse(blas=blas), V, blas), 4),
-    "KroneckerPair.solve": (lambda A, G, V, blas: pair(A, G).solve(V, blas=blas), 14),
+    "KroneckerPair.solve": (lambda A, G, V, blas: pair(A, G).solve(V, blas=blas), 10),
     "LowRankPlusDiagonal.inverse": (
         lambda A, G, V, blas: tuple(parts(low_rank_of(A, 1.0).inverse(blas=blas))),
         3,
@@ -105,7 +105,7 @@ CALLS = {
     "LowRankPlusDiagonal.solve, s below zero": (lambda A, G, V, blas: low_rank_of(A, -0.1).solve(A, blas=blas), 1),
     "tikhonov_pi": (lambda A, G, V, blas: tikhonov_pi(LayerFactors(A, G), blas=blas), 1),
     "factored_tikhonov": (lambda A, G, V, blas: tuple(factored_tikhonov(LayerFactors(A, G), 0.1, blas=blas)), 1),
-    "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 15),
+    "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 14),
     "exactly_damped_inverse": (
         lambda A, G, V, blas: applied(exactly_damped_inverse(average(A, G), 0.1, blas=blas).blocks[0], V, blas),
         4,
@@ -304,7 +304,7 @@ def test_nothing_else_is_taken(taken):
     assert not taken
     half = Kronecker(torch.eye(3), torch.eye(2)) @ torch.ones(2, 3, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert len(taken) == 2
+    assert len(taken) == 1
 
 
 def broken(kind, dtype):
@@ -355,7 +355,7 @@ def test_products_with_nan_and_infinity_are_those_of_torch(b, taken):
         auto, native = f("auto"), f("native")
         for x, y in zip(*(torch.utils._pytree.tree_leaves(r) for r in (auto, native)), strict=True):
             torch.testing.assert_close(x, y, equal_nan=True)
-    assert len(taken) == 4
+    assert len(taken) == 3
 
 
 @both_dtypes
@@ -423,7 +423,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 2 * 21
+    assert len(_host._pays) == 2 * 22
 
 
 A2 = np.eye(2)
