@@ -146,9 +146,9 @@ class Kronecker:
         shift = _array.nonnegative("shift", shift)
         args = shift, _side.dense(self.A), _side.dense(self.B)
         if not isinstance(shift, float):  # one of a batch of shifts, perhaps
-            return KroneckerBasis(*_shifted_inverse(partial(_side.eigh, b, blas), *args))
+            return rebuilt(KroneckerBasis, _shifted_inverse(partial(_side.eigh, b, blas), *args))
         native = partial(_shifted_inverse, partial(_side.eigh, b, "native"))
-        return KroneckerBasis(*_host.run(b, blas, _host_shifted_inverse, native, *args))
+        return rebuilt(KroneckerBasis, _host.run(b, blas, _host_shifted_inverse, native, *args))
 
     def logdet(self, *, blas: str = "auto") -> Any:
         """m log det A + n log det B (...). (n³ + m³)/3 flops."""

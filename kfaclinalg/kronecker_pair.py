@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from . import _array, _conversions, _host, _lapack, _linalg, spd
-from ._value import value
+from ._value import rebuilt, value
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
 
@@ -74,7 +74,7 @@ class KroneckerPair:
         # with A = L Lᵀ does, and Cholesky factors lose far fewer digits in float32.
         b = self._backend()
         native = partial(_inverse, partial(_diagonalised, b))
-        return KroneckerBasis(*_host.run(b, blas, _host_inverse, native, self.A, self.B, self.C, self.D))
+        return rebuilt(KroneckerBasis, _host.run(b, blas, _host_inverse, native, self.A, self.B, self.C, self.D))
 
     def solve(self, V: Any, method: str = "eigh", *, blas: str = "auto") -> Any:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
