@@ -20,7 +20,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures test lint docs bench performance plots clean
+.PHONY: help demo figures $(FIGURES) test lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,8 +37,10 @@ help:
 demo: $(VENV)/.demo
 	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
 
-figures: $(VENV)/.figures
-	@set -e; for name in $(FIGURES); do $(PYTHON) docs/examples/$$name.py $(ARGS); done
+figures: $(FIGURES)
+
+$(FIGURES): $(VENV)/.figures
+	$(PYTHON) docs/examples/$@.py $(ARGS)
 
 test: lint
 	$(PYTHON) -m pytest -n auto $(ARGS)
