@@ -43,7 +43,7 @@ def factored_tikhonov(
     """(A + π γ I, G + γ/π I) (eqn 7). γ is a number or an array that broadcasts with the batch.
 
     γ is the strength in each *factor*: their product adds γ² to the curvature itself, so γ = √(λ + η) at the start.
-    n² + m² flops, and those of π, for which `blas` is.
+    n² + m² flops, and those of π, which `blas` is for.
 
     Raises:
         TypeError, ValueError: as for `tikhonov_pi`; or γ is negative, NaN or infinite.
