@@ -26,8 +26,8 @@ _pays: dict[tuple[Any, Callable[..., Any]], bool] = {}
 def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., Any], *args: Any) -> Any:
     """host(*args) with NumPy's views in the place of arrays, where that can be and pays; native(*args) elsewhere.
 
-    `host` takes floats and arrays of at most two dimensions, none of them empty, and changes none. It returns an array
-    or several.
+    `host` takes floats and arrays of at most two dimensions, none of them empty, and changes none. It returns a number,
+    an array or several.
     """
     check_choice("blas", blas, CHOICES)
     views: Sequence[Any] | None = None
@@ -46,7 +46,7 @@ def run(b: Backend, blas: str, host: Callable[..., Any], native: Callable[..., A
         return run(b, blas, host, native, *args)
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
         result = host(*views)
-    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
+    return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(np.asarray(result))
 
 
 def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:

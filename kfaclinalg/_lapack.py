@@ -124,51 +124,19 @@ def conditional(M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
     return Psi, trtrs(L, E, lower=1, trans=1, overwrite_b=1)[0], np.clip(s, 0.0, 1.0)
 
 
-def positive_woodbury(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
-    """Those of (U diag(s) Uᵀ + diag(d))⁻¹ = diag(1/d) - T Tᵀ for s > 0 (`_woodbury`): T is written in one place."""
-    V, R, root, doubt = _whitened(U, s, d)
-    if R is not None:
-        T = routine(blas, V, "trsm")(1.0, R, V.T, lower=1, overwrite_b=1).T
-        if doubt < 0.5 or (1 - np.einsum("ij,ij->i", T, T) > (8 + len(s) ** 0.5) * np.finfo(T.dtype).eps).all():
-            T /= root
-            return T, -np.ones_like(s), 1 / d
-    return _nan(U, U.shape), -np.ones_like(s), _nan(d, d.shape)
+def general_inverse(K: Any) -> Any:
+    """K⁻¹ for any square K."""
+    X, pivots, info = routine(lapack, K, "getrf")(K.T)
+    if info == 0 and np.isfinite(X).all():
+        X, info = routine(lapack, K, "getri")(X, pivots, lwork=64 * len(K), overwrite_lu=1)
+    return X.T if info == 0 and np.isfinite(X).all() else _nan(K, K.shape)
 
 
-def positive_solve(U: Any, s: Any, d: Any, X: Any, refinements: int) -> Any:
-    """(U diag(s) Uᵀ + diag(d))⁻¹ X for s > 0, None where the inverse could be NaN: Z = D^(-½) (D^(-½) X - V C), where
-
-        V = D^(-½) U,    C = S Vᵀ (D^½ Z) = (S⁻¹ + Vᵀ V)⁻¹ Vᵀ D^(-½) X,
-
-    and it is C that is refined: its residual takes half of the products of that of Z.
-    """
-    V, R, root, doubt = _whitened(U, s, d)
-    if R is None or not doubt < 0.5:
-        return None
-    potrs = routine(lapack, R, "potrs")
-    Z, C = X / d[:, None], np.zeros((len(s), X.shape[1]), dtype=X.dtype)
-    for i in range(1 + refinements):
-        change = potrs(R, V.T @ (root * Z) - C / s[:, None], lower=1)[0]
-        step = V @ change / root
-        C, Z = C + change, Z - step
-        if i and (abs(step).max(axis=0) <= 0.1 * np.finfo(Z.dtype).eps ** 0.5 * abs(Z).max(axis=0)).all():
-            break
-    return Z
-
-
-def _whitened(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any, Any]:
-    """V = D^(-½) U, lower R with R Rᵀ = S⁻¹ + Vᵀ V or None, D^½, and how near (D^½ M⁻¹ D^½)_ii may be to noise.
-
-    That is at least 1/‖I + S^½ Vᵀ V S^½‖: as long as noise is below half of it, nobody needs to look at the diagonal.
-    """
-    if not (d.min() > 0 and d.max() < math.inf):
-        return None, None, None, None
-    root, scale = np.sqrt(d)[:, None], np.sqrt(s)
-    V = U / root
-    G = np.eye(len(s), dtype=s.dtype) + scale[:, None] * (V.T @ V) * scale
-    L = cholesky(G)
-    R = None if L is None else L / scale[:, None]
-    return V, R, root, np.linalg.norm(G) * (8 + len(s) ** 0.5) * np.finfo(V.dtype).eps
+def log_abs_det(K: Any) -> Any:
+    """log|det K| for any square K."""
+    X, _, info = routine(lapack, K, "getrf")(K.T)
+    finite = info == 0 and np.isfinite(X).all()
+    return np.asarray(np.sum(np.log(abs(X.diagonal()))) if finite else NAN, dtype=K.dtype)
 
 
 def _completed(X: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from . import _array, _lapack, _linalg
+from . import _array, _capacitance, _linalg
 
 
 class Factorisation(NamedTuple):
@@ -33,8 +33,17 @@ def inverse(b: _array.Backend, method: str, U: Any, s: Any, d: Any) -> tuple[Any
 
 def host_inverse(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
     if (s > 0).all():
-        return _lapack.positive_woodbury(U, s, d)
+        return _capacitance.inverse(U, s, d)
     return inverse(_array.resolve(U=U), "woodbury", U, s, d)
+
+
+def logdet(b: _array.Backend, U: Any, s: Any, d: Any) -> Any:
+    """Its logarithm."""
+    return factorise(b, U, s, d, "woodbury").logdet
+
+
+def host_logdet(U: Any, s: Any, d: Any) -> Any:
+    return _capacitance.logdet(U, s, d) if (s > 0).all() else logdet(_array.resolve(U=U), U, s, d)
 
 
 def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factorisation:

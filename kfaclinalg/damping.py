@@ -96,8 +96,7 @@ def _pi(b: _array.Backend, blas: str, norm: str, A: Any, G: Any) -> Any:
 
 
 def _host_pi(norm: str, A: Any, G: Any) -> Any:
-    b = _array.resolve(A=A)
-    return b.xp.asarray(_quotient(b, norm, A, G), device=b.device)
+    return _quotient(_array.resolve(A=A), norm, A, G)
 
 
 _HOST_PI = {norm: partial(_host_pi, norm) for norm in NORMS}

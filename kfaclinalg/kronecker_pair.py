@@ -86,7 +86,10 @@ class KroneckerPair:
         _array.check_choice("method", method, ("eigh", "smith"))
         b = self._backend()
         X = _array.operand(b, "V", V, self.shape)
-        return _array.narrowed(b, self._smith(X, blas) if method == "smith" else self._refined(X, blas), V.dtype)
+        if method == "eigh":
+            return _array.narrowed(b, self._refined(X, blas), V.dtype)
+        args = self.A, self.B, self.C, self.D, X
+        return _array.narrowed(b, _host.run(b, blas, _host_smith, partial(_smith, "native"), *args), V.dtype)
 
     def logdet(self) -> Any:
         """log det (A ⊗ B + C ⊗ D) (...), as minus that of the inverse. About 12 (n³ + m³) flops."""
@@ -138,14 +141,14 @@ class KroneckerPair:
             if b.kind == "numpy" and not bool(xp.any(xp.abs(step) > 0.1 * b.eps * xp.abs(U))):
                 break
         U = size * U
-        return xp.where(self._converged(U, V), U, _array.NAN)
+        return xp.where(self._converged(U, V, blas), U, _array.NAN)
 
-    def _converged(self, U: Any, V: Any) -> Any:
+    def _converged(self, U: Any, V: Any, blas: str) -> Any:
         """Whether the backward error of U (..., 1, 1) is below √eps: what says whether the series has converged."""
         b = self._backend()
         norm = partial(b.xp.linalg.matrix_norm, keepdims=True)
         size = (norm(self.A) * norm(self.B) + norm(self.C) * norm(self.D)) * norm(U) + norm(V)
-        return b.xp.isfinite(size) & (norm(V - self @ U) <= b.eps**0.5 * size)
+        return b.xp.isfinite(size) & (norm(V - self.apply(U, blas=blas)) <= b.eps**0.5 * size)
 
     def _terms(self) -> tuple[Kronecker, Kronecker]:
         return Kronecker(self.A, self.B), Kronecker(self.C, self.D)
@@ -169,3 +172,11 @@ def _diagonalised(b: _array.Backend, M: Any, N: Any) -> tuple[Any, Any]:
     half = _linalg.forward_substitution(b, L, _linalg.symmetrised(N))  # L⁻¹ N
     s, E = _linalg.eigh(b, _linalg.symmetrised(_linalg.forward_substitution(b, L, half.mT)))  # L⁻¹ N L⁻ᵀ
     return _linalg.back_substitution(b, L, E), s
+
+
+def _smith(blas: str, *arrays: Any) -> Any:
+    *pair, V = arrays
+    return KroneckerPair(*pair)._smith(V, blas)
+
+
+_host_smith = partial(_smith, "auto")

@@ -8,13 +8,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import _array, _conversions, _host, _lapack, _linalg, _subspace, _woodbury
+from . import _array, _capacitance, _conversions, _host, _linalg, _subspace, _woodbury
 from ._value import value
 from .diagonal import Diagonal
 
 __all__ = ["Diagonal", "LowRankPlusDiagonal", "low_rank", "low_rank_plus_diagonal"]
-
-REFINEMENTS = 3
 
 
 @value
@@ -90,9 +88,10 @@ class LowRankPlusDiagonal:
         Z = _host.run(b, blas, _host_solve, partial(_solve, "native"), self.U, self.s, self.d, Y)
         return _array.narrowed(b, Z, X.dtype)
 
-    def logdet(self) -> Any:
-        """log det M (...), from the pivots of the inverse. 14 n k² flops."""
-        return _woodbury.factorise(self._backend(), self.U, self.s, self.d, "woodbury").logdet
+    def logdet(self, *, blas: str = "auto") -> Any:
+        """log det M (...), from the pivots of the inverse. 14 n k² flops. `blas` is as in `inverse`."""
+        b = self._backend()
+        return _host.run(b, blas, _woodbury.host_logdet, partial(_woodbury.logdet, b), self.U, self.s, self.d)
 
     def trace(self) -> Any:
         """Σ_j s_j ‖u_j‖² + Σ d (...). 3 n k flops."""
@@ -122,7 +121,7 @@ class LowRankPlusDiagonal:
 
 
 def _host_solve(U: Any, s: Any, d: Any, X: Any) -> Any:
-    Z = _lapack.positive_solve(U, s, d, X, REFINEMENTS) if (s > 0).all() else None
+    Z = _capacitance.solve(U, s, d, X) if (s > 0).all() else None
     return _solve("auto", U, s, d, X) if Z is None else Z
 
 
@@ -131,7 +130,7 @@ def _solve(blas: str, U: Any, s: Any, d: Any, X: Any) -> Any:
     b = M._backend()
     inverse = M.inverse(blas=blas)
     Z = inverse._apply(X)
-    for _ in range(REFINEMENTS):
+    for _ in range(_capacitance.REFINEMENTS):
         step = inverse._apply(X - M._apply(Z))
         Z = Z + step
         if b.kind == "numpy":

@@ -17,6 +17,7 @@ RANKS = {
     "_conversions": 2,
     "_blas": 2,
     "_lapack": 3,
+    "_capacitance": 4,
     "_newton_schulz": 3,
     "_moments": 3,
     "spd": 4,
@@ -47,6 +48,7 @@ DOORS = {
     "_host": {"numpy", "scipy"},
     "_blas": {"numpy", "scipy"},
     "_lapack": {"numpy", "scipy"},
+    "_capacitance": {"numpy", "scipy"},
 }
 BACKENDS = {"torch", "jax", "cupy", "cupyx"}  # in `_linalg`, `_host` and `_value`, inside a branch
 OWN = {

@@ -1,6 +1,5 @@
 import itertools
 import pickle
-import sys
 from typing import NamedTuple
 
 import mpmath
@@ -15,6 +14,7 @@ from matrices import judge
 from kfaclinalg import (
     Diagonal,
     LowRankPlusDiagonal,
+    _capacitance,
     _woodbury,
     low_rank,
     low_rank_plus_diagonal,
@@ -463,7 +463,7 @@ def test_the_bounds_catch_a_perturbed_factorisation(monkeypatch, check):
         return _woodbury.Factorisation(d, T * (1 + 1e-6), J, logdet + 1e-6)
 
     monkeypatch.setattr(_woodbury, "factorise", perturbed)
-    monkeypatch.setattr(sys.modules["kfaclinalg.low_rank"], "REFINEMENTS", 0)
+    monkeypatch.setattr(_capacitance, "REFINEMENTS", 0)
     with pytest.raises(AssertionError):
         check(TORCH, Case(decades=0.1))
 
@@ -472,7 +472,7 @@ def test_the_bounds_catch_a_perturbed_factorisation(monkeypatch, check):
 def test_the_bounds_catch_a_solve_that_is_not_refined(monkeypatch, batch):
     case = Case(6, 5, 0, batch, 0.6, seed=1)
     check_solve(NUMPY, case)
-    monkeypatch.setattr(sys.modules["kfaclinalg.low_rank"], "REFINEMENTS", 0)
+    monkeypatch.setattr(_capacitance, "REFINEMENTS", 0)
     with pytest.raises(AssertionError):
         check_solve(NUMPY, case)
 
