@@ -1,4 +1,4 @@
-"""Who computes with single matrices of a CPU: NumPy and SciPy, by the routines of `_blas` and `_lapack`, or torch.
+"""Who computes with single matrices of a CPU: NumPy and SciPy, by `_blas`, `_lapack` and `_capacitance`, or torch.
 
 NumPy's arrays always take them. A torch tensor does, as a view of the same memory, where only its values are asked for
 and a trial, once for each routine and dtype, shows torch's own to be slower: its BLAS is another one, which on some
