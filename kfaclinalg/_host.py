@@ -54,6 +54,11 @@ def product(b: Backend, blas: str, X: Any, Y: Any) -> Any:
     return run(b, blas, matmul, matmul, X, Y)
 
 
+def may_read(b: Backend, x: Any) -> bool:
+    """Whether values of x may decide what comes next: no device is waited for, and they are all that is asked for."""
+    return b.kind == "numpy" or (b.kind == "torch" and _views([x]) is not None)
+
+
 def _views(args: Sequence[Any]) -> list[Any] | None:
     """None where anything but values is asked for: a derivative, a transformation or a trace of torch's operations."""
     import torch

@@ -105,7 +105,7 @@ CALLS = {
     "LowRankPlusDiagonal.solve, s below zero": (lambda A, G, V, blas: low_rank_of(A, -0.1).solve(A, blas=blas), 1),
     "LowRankPlusDiagonal.logdet": (lambda A, G, V, blas: low_rank_of(A, 1.0).logdet(blas=blas), 1),
     "LowRankPlusDiagonal.logdet, s below zero": (lambda A, G, V, blas: low_rank_of(A, -0.1).logdet(blas=blas), 1),
-    "KroneckerPair.solve, smith": (lambda A, G, V, blas: pair(A, G).solve(V, "smith", blas=blas), 1),
+    "KroneckerPair.solve, smith": (lambda A, G, V, blas: pair(A, G).solve(V, "smith", blas=blas), 6),
     "tikhonov_pi": (lambda A, G, V, blas: tikhonov_pi(LayerFactors(A, G), blas=blas), 1),
     "factored_tikhonov": (lambda A, G, V, blas: tuple(factored_tikhonov(LayerFactors(A, G), 0.1, blas=blas)), 1),
     "block_tridiagonal_inverse": (lambda A, G, V, blas: applied(chain(A, G, V, blas), (V, V.mT), blas), 14),
@@ -426,7 +426,7 @@ def test_the_trials_run(monkeypatch):
     for b in (TORCH, TORCH_FLOAT32):
         for f, _ in CALLS.values():
             f(*arguments(b), "auto")
-    assert len(_host._pays) == 2 * 24
+    assert len(_host._pays) == 2 * 23
 
 
 A2 = np.eye(2)
