@@ -38,7 +38,7 @@ def host_inverse(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
 
 
 def logdet(b: _array.Backend, U: Any, s: Any, d: Any) -> Any:
-    """Its logarithm."""
+    """log det M (...)."""
     return factorise(b, U, s, d, "woodbury").logdet
 
 

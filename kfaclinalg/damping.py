@@ -72,8 +72,7 @@ def damped_inverses(layer: LayerFactors, gamma: Scalar, norm: str, method: str, 
 
 
 def _host_inverses(inverse: Any, norm: str, gamma: float, A: Any, G: Any) -> tuple[Any, ...]:
-    pi = _quotient(_array.resolve(A=A), norm, A, G)
-    return tuple(map(inverse, (A, G), _shifts(gamma, pi)))
+    return tuple(map(inverse, (A, G), _shifts(gamma, _host_pi(norm, A, G))))
 
 
 _HOST = {(m, norm): partial(_host_inverses, f, norm) for m, f in _side.INVERSES.items() for norm in NORMS}

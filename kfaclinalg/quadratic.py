@@ -30,7 +30,7 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
 
     k = 1 is the rescaling of Section 6.4, c = (α,); k = 2 with the last update as the second direction is the
     momentum of Section 7, c = (α, μ). A direction that is zero, or parallel to those before it, gets 0, which is
-    still a minimiser. A NaN or infinity gives NaN. About 4 k³ flops.
+    still a minimiser. A NaN or infinity gives NaN. About 2 k³ flops.
 
     Args:
         curvature_gram: (..., k, k), d_iᵀ F d_j with the exact F.

@@ -192,10 +192,18 @@ def test_apply_outer(b, kinds):
 
 
 @every_backend
-def test_products_use_the_arrays_as_given(b):
-    A, B, V = (np.random.default_rng(0).standard_normal((3, 2, 2)).astype(b.dtype)).astype(float)
-    U = b.numpy(Kronecker(b.array(A), b.array(B)) @ b.array(V))
-    np.testing.assert_allclose(U, B @ V @ A.T, atol=100 * b.eps)
+@pytest.mark.parametrize("diagonal", [None, 0, 1])
+def test_products_use_the_arrays_as_given(b, diagonal):
+    """Nothing dense is taken to be symmetric, whatever the other side is."""
+    A, B, V, R = (np.random.default_rng(0).standard_normal((4, 2, 2)).astype(b.dtype)).astype(float)
+    dense, given = [A, B], [b.array(A), b.array(B)]
+    if diagonal is not None:
+        d = np.diagonal(dense[diagonal]).copy()
+        dense[diagonal], given[diagonal] = np.diag(d), Diagonal(b.array(d))
+    A, B = dense
+    P = Kronecker(*given)
+    np.testing.assert_allclose(b.numpy(P @ b.array(V)), B @ V @ A.T, atol=100 * b.eps)
+    np.testing.assert_allclose(b.numpy(P.apply_outer(b.array(V), b.array(R))), B @ V @ (A @ R).T, atol=100 * b.eps)
 
 
 @every_backend
