@@ -102,8 +102,8 @@ def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
 
     given, dense = gradient()
     old = problem.factors(weights, False)
-    inverse = block_diagonal_inverse(old, 1.0, blas="native")
-    Delta, last = (inverse.apply(dense, blas="native") for _ in range(2))
+    inverse = block_diagonal_inverse(old, 1.0)
+    Delta, last = (inverse.apply(dense) for _ in range(2))
 
     def update() -> None:
         inner_products([Delta, last], [Delta, last]), inner_products([Delta, last], [dense])
@@ -116,14 +116,14 @@ def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
         "product": lambda: [x @ weights[0][:, :d] for _ in range(l)],
         "gradient": gradient,
         "statistics": lambda: moving_average(old, problem.factors(weights, False), decay=0.95),
-        "inverse": lambda: block_diagonal_inverse(old, 1.0, blas="native"),
-        "dense": lambda: inverse.apply(dense, blas="native"),
+        "inverse": lambda: block_diagonal_inverse(old, 1.0),
+        "dense": lambda: inverse.apply(dense),
         "direction": lambda: problem.curvature_gram(weights, [Delta]),
         "forward": lambda: problem.loss(weights),
         "update": update,
     }
     if isinstance(given[0], OuterProduct):
-        found["outer"] = lambda: inverse.apply(given, blas="native")
+        found["outer"] = lambda: inverse.apply(given)
     return found
 
 

@@ -5,7 +5,7 @@ Read in this order: `factors` (what is measured), `damping`, `kronecker` (one la
 """
 
 from . import spd, testing
-from ._array import LinAlgError, assert_finite
+from ._backends import LinAlgError, assert_finite, show_config
 from .algorithm import KFACState, Problem, StepInfo, kfac_step
 from .averages import averaging_decay, moving_average, update_factors
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
@@ -17,6 +17,7 @@ from .curvature import (
     low_rank_inverse,
 )
 from .damping import factored_tikhonov, tikhonov_pi
+from .dense import Dense
 from .factors import Factors, LayerFactors, Link, batch_factors, homogeneous, second_moment
 from .kronecker import Kronecker, OuterProduct
 from .kronecker_basis import KroneckerBasis
@@ -29,6 +30,7 @@ __all__ = [
     "BlockDiagonal",
     "BlockTridiagonalInverse",
     "CholeskyInverse",
+    "Dense",
     "Diagonal",
     "Factors",
     "KFACOptions",
@@ -62,6 +64,7 @@ __all__ = [
     "moving_average",
     "reduction_ratio",
     "second_moment",
+    "show_config",
     "spd",
     "testing",
     "tikhonov_pi",

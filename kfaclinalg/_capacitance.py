@@ -1,72 +1,91 @@
-"""M = U diag(s) Uᵀ + diag(d) for s > 0 on a CPU, by the Cholesky factor R of its capacitance matrix (Woodbury 1950).
+"""M = U diag(s) Uᵀ + diag(d) where all of s and d is seen to be positive: by one Cholesky factor (Woodbury 1950).
 
-With V = D^(-½) U and R Rᵀ = S⁻¹ + Vᵀ V, M⁻¹ = D⁻¹ - D^(-½) V (R Rᵀ)⁻¹ Vᵀ D^(-½) and det M = det D det S det(R Rᵀ). What
-fails is NaN.
+With V = D^(-½) U and R Rᵀ = S⁻¹ + Vᵀ V, the capacitance matrix, M⁻¹ = D⁻¹ - D^(-½) V (R Rᵀ)⁻¹ Vᵀ D^(-½) and det M =
+det D det S det(R Rᵀ). One matrix at a time, and values decide what is done: where they may not,
+`_woodbury` takes over.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-from scipy.linalg import blas, lapack
-
-from ._array import NAN
-from ._blas import routine
-from ._lapack import cholesky
+from . import _backends
+from ._backends import product
+from ._typing import Array
 
 REFINEMENTS = 3
 
 
-def inverse(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
-    """Those of M⁻¹ = diag(1/d) - T Tᵀ. T is written in one place."""
-    V, R, root, doubt = _whitened(U, s, d)
-    if R is not None:
-        T = routine(blas, V, "trsm")(1.0, R, V.T, lower=1, overwrite_b=1).T
-        if doubt < 0.5 or (1 - np.einsum("ij,ij->i", T, T) > (8 + len(s) ** 0.5) * np.finfo(T.dtype).eps).all():
-            T /= root
-            return T, -np.ones_like(s), 1 / d
-    return np.full_like(U, NAN), -np.ones_like(s), np.full_like(d, NAN)
+class Whitened(NamedTuple):
+    """What the inverse, a solution and the determinant begin with."""
+
+    V: Array  # D^(-½) U
+    R: Array  # lower, R Rᵀ = S⁻¹ + Vᵀ V
+    root: Array  # D^½ (n, 1)
+    doubt: bool  # whether an entry of the diagonal of D^½ M⁻¹ D^½ may be noise
 
 
-def solve(U: Any, s: Any, d: Any, X: Any) -> Any:
-    """M⁻¹ X = Z, None where the inverse could be NaN.
+def applies(U: Array, s: Array, d: Array) -> bool:
+    """Whether it is one matrix, whose values may be read, with positive s and d."""
+    if (U.ndim, s.ndim, d.ndim) != (2, 1, 1) or 0 in U.shape or not all(map(_backends.may_read, (U, s, d))):
+        return False
+    xp = _backends.backend_of(U).xp
+    return bool(xp.min(s) > 0) and bool(xp.min(d) > 0) and bool(xp.max(d) < float("inf"))
+
+
+def whitened(U: Array, s: Array, d: Array) -> Whitened:
+    """The diagonal of D^½ M⁻¹ D^½ is at least 1/‖I + S^½ Vᵀ V S^½‖: noise below half of that leaves no doubt."""
+    b, k = _backends.backend_of(U), s.shape[0]
+    root, scale = b.xp.sqrt(d)[:, None], b.xp.sqrt(s)[:, None]
+    V = U / root
+    G = b.eye(k) + scale * product(V.mT, V) * scale.mT
+    doubt = not b.xp.linalg.matrix_norm(G) * noise(b, k) < 0.5
+    return Whitened(V, _backends.cholesky(G) / scale, root, bool(doubt))
+
+
+def noise(b: _backends.Backend, k: int) -> float:
+    """What is rounded in a diagonal entry of I - T J Tᵀ for T (n, k)."""
+    return (8 + k**0.5) * b.eps
+
+
+def inverse(U: Array, s: Array, d: Array) -> tuple[Array, Array, Array]:
+    """U, s and d of M⁻¹ = diag(1/d) - T Tᵀ."""
+    b, k = _backends.backend_of(U), s.shape[0]
+    V, R, root, doubt = whitened(U, s, d)
+    T = _backends.forward_substitution(R, V.mT).mT
+    known = not doubt or bool(b.xp.all(1 - b.xp.sum(T * T, axis=-1) > noise(b, k)))
+    lost = 1.0 if known else _backends.NAN
+    return T / (lost * root), b.xp.full((k,), -1.0, dtype=b.dtype, device=b.device), 1 / (lost * d)
+
+
+def solve(U: Array, s: Array, d: Array, X: Array) -> Array | None:
+    """M⁻¹ X = Z for X (n, r), None where the inverse could be NaN.
 
     It is C in Z = D^(-½) (D^(-½) X - V C), C = S Vᵀ (D^½ Z), that is refined: its residual takes half of the products
     of that of Z.
     """
-    V, R, root, doubt = _whitened(U, s, d)
-    if R is None or not doubt < 0.5:
+    b = _backends.backend_of(U)
+    V, R, root, doubt = whitened(U, s, d)
+    if doubt:
         return None
-    potrs = routine(lapack, R, "potrs")
-    Z, C = X / d[:, None], np.zeros((len(s), X.shape[1]), dtype=X.dtype)
+    Z, C = X / d[:, None], b.zeros(s.shape[0], X.shape[-1])
     for i in range(1 + REFINEMENTS):
-        change = potrs(R, V.T @ (root * Z) - C / s[:, None], lower=1)[0]
-        step = V @ change / root
+        change = _backends.substituted(R, product(V.mT, root * Z) - C / s[:, None])
+        step = product(V, change) / root
         C, Z = C + change, Z - step
-        if i and (abs(step).max(axis=0) <= 0.1 * np.finfo(Z.dtype).eps ** 0.5 * abs(Z).max(axis=0)).all():
+        if i and is_refined(b, step, Z):
             break
     return Z
 
 
-def logdet(U: Any, s: Any, d: Any) -> Any:
+def is_refined(b: _backends.Backend, step: Array, Z: Array) -> bool:
+    """Whether what the next step would change in each column is below its rounding. It reads values."""
+    change, size = (b.xp.max(b.xp.abs(Y), axis=-2) for Y in (step, Z))
+    return bool(b.xp.all(change <= 0.1 * b.eps**0.5 * size))
+
+
+def logdet(U: Array, s: Array, d: Array) -> Array:
     """log det M."""
-    _, R, root, _ = _whitened(U, s, d)
-    half = NAN if R is None else np.sum(np.log(root)) + np.sum(np.log(R.diagonal() * np.sqrt(s)))
-    return np.asarray(2 * half, dtype=U.dtype)
-
-
-def _whitened(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any, Any]:
-    """V = D^(-½) U, lower R with R Rᵀ = S⁻¹ + Vᵀ V or None, D^½, and how near (D^½ M⁻¹ D^½)_ii may be to noise.
-
-    That is at least 1/‖I + S^½ Vᵀ V S^½‖: as long as noise is below half of it, nobody needs to look at the diagonal.
-    """
-    if not (d.min() > 0 and d.max() < math.inf):
-        return None, None, None, None
-    root, scale = np.sqrt(d)[:, None], np.sqrt(s)
-    V = U / root
-    G = np.eye(len(s), dtype=s.dtype) + scale[:, None] * (V.T @ V) * scale
-    L = cholesky(G)
-    R = None if L is None else L / scale[:, None]
-    return V, R, root, np.linalg.norm(G) * (8 + len(s) ** 0.5) * np.finfo(V.dtype).eps
+    xp = _backends.backend_of(U).xp
+    _, R, root, _ = whitened(U, s, d)
+    return 2 * (xp.sum(xp.log(root)) + xp.sum(xp.log(xp.linalg.diagonal(R) * xp.sqrt(s))))

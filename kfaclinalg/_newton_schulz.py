@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from . import _backends
+from ._typing import Array, ArrayT
 
-from . import _array, _linalg
 
-
-def inverse(b: _array.Backend, M: Any, start: Any | None, iterations: int, tolerance: float) -> Any:
+def inverse(b: _backends.Backend, M: ArrayT, start: Array | None, iterations: int, tolerance: float) -> ArrayT:
     """X <- X (2 I - M X), NaN for a member that ends with ‖I - M X‖_F above `tolerance`."""
     xp, I = b.xp, b.eye(M.shape[-1])
     d = xp.linalg.diagonal(M)
     proper = xp.all(xp.isfinite(M), axis=(-2, -1)) & xp.all(d > 0, axis=-1)
-    M = _linalg.symmetrised(xp.where(proper[..., None, None], M, I))
+    M = _backends.symmetrised(xp.where(proper[..., None, None], M, I))
     # The unknown is the inverse of H = D^-½ M D^-½, better conditioned; where an entry exceeds the diagonal's 1, M is
     # not definite.
     root = xp.sqrt(xp.linalg.diagonal(M))
@@ -20,17 +19,17 @@ def inverse(b: _array.Backend, M: Any, start: Any | None, iterations: int, toler
     H = M / scale
     proper = proper & xp.all(xp.abs(H) < 2, axis=(-2, -1))
     H = xp.where(proper[..., None, None], H, I)
-    X = _start(b, H, None if start is None else _linalg.symmetrised(start) * scale)
+    X = _start(b, H, None if start is None else _backends.symmetrised(start) * scale)
     for _ in range(iterations):
         R = I - H @ X
         bounded = xp.linalg.matrix_norm(R) < 1 / b.eps  # where M is not definite R may grow: NaN before it overflows
-        X = xp.where(bounded[..., None, None], X + X @ R, _array.NAN)
+        X = xp.where(bounded[..., None, None], X + X @ R, _backends.NAN)
     X = X / scale  # not symmetrised: that would square the condition number in I - M X
     accepted = proper & (xp.linalg.matrix_norm(I - M @ X) <= tolerance)
-    return xp.where(accepted[..., None, None], X, _array.NAN)
+    return xp.where(accepted[..., None, None], X, _backends.NAN)
 
 
-def _start(b: _array.Backend, H: Any, earlier: Any | None) -> Any:
+def _start(b: _backends.Backend, H: Array, earlier: Array | None) -> Array:
     """I / ‖H‖ or, where that must converge, the best multiple a of the earlier inverse, which must be definite.
 
     H times a definite matrix has real eigenvalues μ, with the signs of those of H: from here the iteration converges if
@@ -42,7 +41,7 @@ def _start(b: _array.Backend, H: Any, earlier: Any | None) -> Any:
         return cold
     finite = xp.all(xp.isfinite(earlier), axis=(-2, -1))[..., None, None]
     earlier = xp.where(finite, earlier, -b.eye(n))
-    definite = xp.all(xp.linalg.diagonal(_linalg.cholesky(b, earlier)) > 0, axis=-1)
+    definite = xp.all(xp.linalg.diagonal(_backends.cholesky(earlier)) > 0, axis=-1)
     P = H @ earlier
     trace, square = xp.linalg.trace(P), xp.sum(P * P.mT, axis=(-2, -1))
     near = definite & (square > 0) & (n * square - trace * trace < square)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from math import pi
 from typing import Any
 
-from . import _array, _linalg
+from . import _backends, _checks
 
 OVERSAMPLING = 5  # columns beyond the rank: they speed up the convergence, and find what a start has never seen
 PRIME, MULTIPLIER = 32749, 20239  # below 2^15, so that products fit int32; their ratio is the golden one
 
 
-def dominant_eigenpairs(b: _array.Backend, M: Any, rank: int, iterations: int, start: Any | None) -> tuple[Any, Any]:
+def dominant_eigenpairs(b: _backends.Backend, M: Any, rank: int, iterations: int, start: Any | None) -> tuple[Any, Any]:
     """U (..., n, rank) with orthonormal columns and s (..., rank), in descending magnitude. NaN where M is not finite.
 
     Q <- the Q of M Q, `iterations` times, then Rayleigh-Ritz: the eigenpairs of Qᵀ M Q. What is missing shrinks by
@@ -27,30 +27,30 @@ def dominant_eigenpairs(b: _array.Backend, M: Any, rank: int, iterations: int, s
     Q = _orthonormal(b, _begin(b, M, rank, start))
     for _ in range(iterations):
         Q = _orthonormal(b, M @ Q)
-    w, P = _linalg.eigh(b, _linalg.symmetrised(Q.mT @ (M @ Q)))
+    w, P = _backends.eigh(Q.mT @ (M @ Q))
     order = xp.argsort(xp.abs(w), axis=-1, descending=True)[..., :rank]
     P = xp.take_along_axis(P, xp.broadcast_to(order[..., None, :], (*P.shape[:-1], rank)), axis=-1)
     s = xp.take_along_axis(w, order, axis=-1) * size[..., 0]
-    return xp.where(finite, Q @ P, _array.NAN), xp.where(finite[..., 0], s, _array.NAN)
+    return xp.where(finite, Q @ P, _backends.NAN), xp.where(finite[..., 0], s, _backends.NAN)
 
 
-def _orthonormal(b: _array.Backend, X: Any) -> Any:
+def _orthonormal(b: _backends.Backend, X: Any) -> Any:
     return b.xp.linalg.qr(X)[0]
 
 
-def _begin(b: _array.Backend, M: Any, rank: int, start: Any | None) -> Any:
+def _begin(b: _backends.Backend, M: Any, rank: int, start: Any | None) -> Any:
     """`start`, or without one as many columns of `_mixing`, and OVERSAMPLING columns more of that."""
     xp, n = b.xp, M.shape[-1]
     X = _mixing(b, n, min(rank + OVERSAMPLING, n))
     if start is None:
         return xp.broadcast_to(X, (*M.shape[:-1], X.shape[-1]))
-    batch = _array.common_batch(M.shape[:-2], start.shape[:-2])
+    batch = _checks.common_batch(M.shape[:-2], start.shape[:-2])
     usable = xp.all(xp.isfinite(start), axis=(-2, -1), keepdims=True)
     known = xp.broadcast_to(xp.where(usable, start, X[:, :rank]), (*batch, n, rank))
     return xp.concat([known, xp.broadcast_to(X[:, rank:], (*batch, n, X.shape[-1] - rank))], axis=-1)
 
 
-def _mixing(b: _array.Backend, n: int, k: int) -> Any:
+def _mixing(b: _backends.Backend, n: int, k: int) -> Any:
     """cos(2π g (i³ + j i) / p), i = 1, ..., n and j = 0, ..., k - 1: a fixed matrix that looks random.
 
     Alltop's cubic phases (IEEE Trans. Inf. Theory 26, 1980): columns as incoherent with each other and with sinusoids

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from threading import Lock
 from typing import Any, TypeVar, dataclass_transform
 
-from ._typing import DType
+from ._backends import pytrees
+from ._backends.transfer import dtype_name
 
 T = TypeVar("T")
 _first_field: dict[type, str] = {}
-_pending: dict[str, list[type]] = {"jax": [], "torch": []}  # the classes that a framework has not been told of
-_lock = Lock()
 
 
 @dataclass_transform(eq_default=False, frozen_default=True)
@@ -34,7 +31,7 @@ def value(cls: type[T], /) -> type[T]:
     check = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: T) -> None:
-        _register_pending()
+        pytrees.register_pending()
         if check is not None and not _has_placeholders(self):
             check(self)
 
@@ -43,9 +40,7 @@ def value(cls: type[T], /) -> type[T]:
     for name, attribute in (("__repr__", _description), ("__setstate__", _restore), ("__array_ufunc__", None)):
         setattr(made, name, attribute)
     _first_field[made] = made.__match_args__[0]  # type: ignore[attr-defined]
-    for classes in _pending.values():
-        classes.append(made)
-    _register_pending()
+    pytrees.register(made, rebuilt)
     return made
 
 
@@ -68,16 +63,16 @@ def parts_of(x: Any) -> dict[str, Any] | None:
 
 
 def _has_placeholders(x: Any) -> bool:
-    """Dynamo rebuilds a value with proxies for its arrays: nothing can be checked on those, or need be."""
+    """Whether a framework is rebuilding it, with something else in the place of its arrays."""
     while name := _first_field.get(type(x)):
         x = getattr(x, name)
-    return type(x).__module__ == "torch.fx.proxy"
+    return pytrees.is_placeholder(x)
 
 
 def _description(self: object) -> str:
     """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`; what is not an array is shown by its type."""
     arrays = [x for x in leaves(self) if isinstance(getattr(x, "shape", None), tuple)]
-    common = [suffix(x.dtype) for x in arrays] + [str(x.device) for x in arrays if getattr(x, "device", None)]
+    common = [dtype_name(x.dtype) for x in arrays] + [str(x.device) for x in arrays if getattr(x, "device", None)]
     return ", ".join([_outline(self)[:-1], *dict.fromkeys(common)]) + ")"
 
 
@@ -92,13 +87,9 @@ def _outline(x: Any) -> str:
     return f"{type(x).__name__}({', '.join(f'{name}: {_outline(y)}' for name, y in parts.items())})"
 
 
-def suffix(dtype: DType) -> str:
-    return str(dtype).rpartition(".")[2]
-
-
 def _restore(self: Any, values: Iterable[Any]) -> None:
     """Fill the fields without checks: the values may be tracers, axes or None."""
-    _register_pending()
+    pytrees.register_pending()
     for name, x in zip(type(self).__match_args__, values, strict=True):
         object.__setattr__(self, name, x)
 
@@ -108,44 +99,3 @@ def rebuilt(cls: type[T], values: Iterable[Any]) -> T:
     self = object.__new__(cls)
     _restore(self, values)
     return self
-
-
-def _register_pending() -> None:
-    for framework, classes in _pending.items():
-        if classes and framework in sys.modules and sys.modules[framework] and not _compiling():
-            with _lock:
-                while classes:
-                    _REGISTER[framework](classes[-1])
-                    classes.pop()
-
-
-def _compiling() -> bool:
-    """Dynamo is tracing this very code: not the moment for side effects."""
-    compiler = getattr(sys.modules.get("torch"), "compiler", None)
-    return compiler is not None and compiler.is_compiling()
-
-
-def _register_with_jax(cls: Any) -> None:
-    from jax.tree_util import GetAttrKey, register_pytree_with_keys
-
-    register_pytree_with_keys(
-        cls,
-        lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in cls.__match_args__], None),
-        lambda _, values: rebuilt(cls, values),
-        lambda x: ([getattr(x, name) for name in cls.__match_args__], None),
-    )
-
-
-def _register_with_torch(cls: Any) -> None:
-    from torch.utils._pytree import GetAttrKey, register_pytree_node
-
-    register_pytree_node(
-        cls,
-        lambda x: ([getattr(x, name) for name in cls.__match_args__], None),
-        lambda values, _: rebuilt(cls, values),
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        flatten_with_keys_fn=lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in cls.__match_args__], None),
-    )
-
-
-_REGISTER = {"jax": _register_with_jax, "torch": _register_with_torch}

@@ -11,48 +11,40 @@ each entry (i, j) of M⁻¹ an error relative to (d_i d_j)^(-½), and not to the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import _array, _capacitance, _linalg
+from . import _backends
+from ._typing import Array
 
 
 class Factorisation(NamedTuple):
     """M⁻¹ = diag(1/d) - (D^(-½) T) J (D^(-½) T)ᵀ and log det M; all NaN for a member that is not positive definite."""
 
-    d: Any  # (..., n)
-    T: Any  # (..., n, k)
-    J: Any  # (..., k)
-    logdet: Any  # (...)
+    d: Array  # (..., n)
+    T: Array  # (..., n, k)
+    J: Array  # (..., k)
+    logdet: Array  # (...)
 
 
-def inverse(b: _array.Backend, method: str, U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
-    """Those of the inverse, which is of the same form."""
+def inverse(U: Array, s: Array, d: Array, method: str) -> tuple[Array, Array, Array]:
+    """U, s and d of the inverse, which is of the same form."""
+    b = _backends.backend_of(U)
     d, T, J, _ = factorise(b, U, s, d, method)
     return T / b.xp.sqrt(d)[..., None], -J, 1 / d
 
 
-def host_inverse(U: Any, s: Any, d: Any) -> tuple[Any, Any, Any]:
-    if (s > 0).all():
-        return _capacitance.inverse(U, s, d)
-    return inverse(_array.resolve(U=U), "woodbury", U, s, d)
-
-
-def logdet(b: _array.Backend, U: Any, s: Any, d: Any) -> Any:
+def logdet(U: Array, s: Array, d: Array) -> Array:
     """log det M (...)."""
-    return factorise(b, U, s, d, "woodbury").logdet
+    return factorise(_backends.backend_of(U), U, s, d, "woodbury").logdet
 
 
-def host_logdet(U: Any, s: Any, d: Any) -> Any:
-    return _capacitance.logdet(U, s, d) if (s > 0).all() else logdet(_array.resolve(U=U), U, s, d)
-
-
-def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factorisation:
+def factorise(b: _backends.Backend, U: Array, s: Array, d: Array, method: str) -> Factorisation:
     """By one of METHODS, for U (..., n, k), s (..., k) and d (..., n). 14 n k² flops."""
     xp, (n, k) = b.xp, U.shape[-2:]
     # An infinity meets NaN before it meets a zero: NumPy would warn of their product.
     proper = xp.all(xp.isfinite(d) & (d > 0), axis=-1) & xp.all(xp.isfinite(s), axis=-1)
     proper = (proper & xp.all(xp.isfinite(U), axis=(-2, -1)))[..., None]
-    d, s = xp.where(proper, d, _array.NAN), xp.where(proper, s, _array.NAN)
+    d, s = xp.where(proper, d, _backends.NAN), xp.where(proper, s, _backends.NAN)
     W = U * xp.sqrt(xp.abs(s))[..., None, :] / xp.sqrt(d)[..., None]
     if method == "sherman-morrison":  # of the positive s first
         order = xp.argsort(s, axis=-1, descending=True)
@@ -66,13 +58,13 @@ def factorise(b: _array.Backend, U: Any, s: Any, d: Any, method: str) -> Factori
     noise = xp.where(J < 0, (8 + n**0.5) * b.eps * (1 + xp.sqrt(size) + b.eps * size * size), 0.0)
     remaining = 1 - xp.sum(T * T * J[..., None, :], axis=-1)
     definite = xp.all(pivots > noise, axis=-1)
-    logdet = xp.sum(xp.log(d), axis=-1) + xp.sum(xp.log(xp.where(definite[..., None], pivots, _array.NAN)), axis=-1)
+    logdet = xp.sum(xp.log(d), axis=-1) + xp.sum(xp.log(xp.where(definite[..., None], pivots, _backends.NAN)), axis=-1)
     known = definite & xp.all(remaining > (8 + k**0.5) * b.eps, axis=-1)
-    d, T = xp.where(known[..., None], d, _array.NAN), xp.where(known[..., None, None], T, _array.NAN)
-    return Factorisation(d, T, J, xp.where(definite, logdet, _array.NAN))
+    d, T = xp.where(known[..., None], d, _backends.NAN), xp.where(known[..., None, None], T, _backends.NAN)
+    return Factorisation(d, T, J, xp.where(definite, logdet, _backends.NAN))
 
 
-def _woodbury(b: _array.Backend, W: Any, J: Any) -> tuple[Any, Any]:
+def _woodbury(b: _backends.Backend, W: Array, J: Array) -> tuple[Array, Array]:
     """With P and N the columns of positive and of other J, zero elsewhere,
 
         (I + P Pᵀ)⁻¹ = I - T₁ T₁ᵀ                        with T₁ = P L⁻ᵀ,  L Lᵀ = I + Pᵀ P
@@ -85,17 +77,17 @@ def _woodbury(b: _array.Backend, W: Any, J: Any) -> tuple[Any, Any]:
     xp, I = b.xp, b.eye(W.shape[-1])
     plus = J[..., None, :] > 0
     P, N = xp.where(plus, W, 0.0), xp.where(plus, 0.0, W)
-    L = _linalg.cholesky(b, I + P.mT @ P)
-    T = _linalg.forward_substitution(b, L, P.mT).mT
+    L = _backends.cholesky(I + P.mT @ P)
+    T = _backends.forward_substitution(L, P.mT).mT
     Y = N - T @ (T.mT @ N)
     R = N - Y - P @ (P.mT @ Y)
     Y = Y + R - T @ (T.mT @ R)
-    K = _linalg.cholesky(b, I - _linalg.symmetrised(N.mT @ Y))
+    K = _backends.cholesky(I - _backends.symmetrised(N.mT @ Y))
     pivots = xp.linalg.diagonal(L) * xp.linalg.diagonal(K)  # one of the two is 1
-    return T + _linalg.forward_substitution(b, K, Y.mT).mT, pivots * pivots
+    return T + _backends.forward_substitution(K, Y.mT).mT, pivots * pivots
 
 
-def _sherman_morrison(b: _array.Backend, W: Any, J: Any) -> tuple[Any, Any]:
+def _sherman_morrison(b: _backends.Backend, W: Array, J: Array) -> tuple[Array, Array]:
     """(C + j w wᵀ)⁻¹ = C⁻¹ - j t tᵀ / c with t = C⁻¹ w and c = 1 + j wᵀ t (Sherman & Morrison 1950), one column w of W
     after the other, C⁻¹ = I - T J Tᵀ of those before it. t is refined as Y is in `_woodbury`.
     """
@@ -106,7 +98,7 @@ def _sherman_morrison(b: _array.Backend, W: Any, J: Any) -> tuple[Any, Any]:
         r = w - t - V @ (S * (V.mT @ t))
         t = t + r - T @ (S * (T.mT @ r))
         c = 1 + J[..., i : i + 1, None] * (w.mT @ t)
-        c = xp.where(c > 0, c, _array.NAN)
+        c = xp.where(c > 0, c, _backends.NAN)
         pivots.append(c[..., 0])
         T = xp.concat([T, t / xp.sqrt(c)], axis=-1)
     return T, xp.concat(pivots, axis=-1)

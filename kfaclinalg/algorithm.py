@@ -8,7 +8,7 @@ from functools import partial, reduce
 from operator import add, mul
 from typing import Any, NamedTuple, Protocol
 
-from . import _array
+from . import _backends
 from .averages import averaging_decay, moving_average
 from .curvature import STRUCTURES
 from .factors import Factors
@@ -18,7 +18,6 @@ from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduc
 
 Matrices = tuple[Any, ...]  # one (m, n) array a layer
 NO_UPDATE = "the update is not finite"
-BLAS = "native"  # "auto" may round otherwise in the process where a run goes on
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
@@ -115,7 +114,7 @@ def kfac_step(
     refreshed = k % options.inverse_period == 0 or k <= 3
     inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)
-    candidates = {gamma: (P, tuple(-U for U in P.apply(gradient, blas=BLAS))) for gamma, P in inverses.items()}
+    candidates = {gamma: (P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses.items()}
     step = _best_step(partial(problem.curvature_gram, weights), dense, candidates, last, state.damping + eta)
 
     loss = float(h + _penalty(weights, eta))
@@ -151,7 +150,7 @@ def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) 
     """
     gamma, omega2 = state.gamma, options.omega2
     gammas = [gamma, omega2 * gamma, gamma / omega2] if k % options.gamma_period == 0 else [gamma]
-    inverse = partial(STRUCTURES[options.structure], factors, norm=options.pi_norm, blas=BLAS)
+    inverse = partial(STRUCTURES[options.structure], factors, norm=options.pi_norm)
     return {gamma: inverse(gamma) for gamma in (max(g, math.sqrt(options.weight_decay)) for g in gammas)}
 
 
@@ -164,13 +163,13 @@ def _best_step(
 ) -> _Step:
     """The step with the lowest M(δ), momentum included, of one for each γ, its inverse and Δ (Sections 6.4, 6.6, 7)."""
     directions = [*(Delta for _, Delta in candidates.values()), *last]
-    F = _array.widest(curvature_gram(directions))  # one call for all, so that J δ0 is computed once
+    F = _backends.widest(curvature_gram(directions))  # one call for all, so that J δ0 is computed once
     D, slopes = inner_products(directions, directions), inner_products(directions, [gradient])[:, 0]
     steps = []
     for i, (gamma, (inverse, _)) in enumerate(candidates.items()):
         pair = [i, *range(len(candidates), len(directions))]  # Δ and, if there is one, δ0
-        D_pair = _array.picked(D, pair)
-        fit = fit_quadratic(_array.picked(F, pair), D_pair, _array.picked(slopes, pair), damping)
+        D_pair = _backends.picked(D, pair)
+        fit = fit_quadratic(_backends.picked(F, pair), D_pair, _backends.picked(slopes, pair), damping)
         c = fit.coefficients
         norm = math.sqrt(abs(float(c @ D_pair @ c)))
         alpha, mu, *_ = coefficients = [*(float(c[j]) for j in range(len(pair))), 0.0]
@@ -187,7 +186,7 @@ def _penalty(weights: Matrices, eta: float) -> float:
 def _refusal(loss: float, statistics: Factors, step: _Step) -> str:
     if not math.isfinite(loss):
         return "the loss is not finite"
-    if not _array.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair]):
+    if not _backends.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair]):
         return "the statistics are not finite"
     if not (math.isfinite(step.change) and math.isfinite(step.norm)):
         return NO_UPDATE

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from . import _moments
-from ._typing import ArrayT
+from . import _backends, _moments
+from ._typing import Array, ArrayT
 from .factors import Factors, LayerFactors, Link, batch_factors
 
 
@@ -18,12 +16,11 @@ def update_factors(
     /,
     *,
     decay: float,
-    blas: str = "auto",
 ) -> Factors:
     """moving_average(old, batch_factors(inputs, output_gradients), decay=decay), with links where `old` has them.
 
-    Each factor is one symmetric rank-N update of a copy, Σ N (n_i² + m_i²) flops, where the `blas` of `batch_factors`
-    has one. Those of `old` must be symmetric: only one half of each may be read.
+    Each factor is one symmetric rank-N update of a copy, Σ N (n_i² + m_i²) flops, where there is a
+    BLAS. Those of `old` must be symmetric: only one half of each may be read.
 
     Raises:
         TypeError, ValueError: as for `batch_factors` and `moving_average`, or old is of another dtype or device.
@@ -34,15 +31,18 @@ def update_factors(
     LayerFactors(A=array([[1.75]]), G=array([[0.75]]))
     """
     if old is None or decay == 1:  # what it multiplies by zero no rank-N update reads
-        new = batch_factors(inputs, output_gradients, links=old is not None and old.links != (), blas=blas)
+        new = batch_factors(inputs, output_gradients, links=old is not None and old.links != ())
         return moving_average(old, new, decay=decay)
-    b = _moments.check_batch(inputs, output_gradients)
+    _moments.check_batch(inputs, output_gradients)
     _moments.check_old(old.layers, inputs, output_gradients)
     links = tuple(Link(*pair) for pair in _moments.links(inputs, output_gradients)) if old.links else ()
     averaged = moving_average(Factors((), old.links), Factors((), links), decay=decay).links
-    update = partial(_moments.updated, b, blas, float(decay))
+
+    def updated(C: Array, x: Array) -> Array:
+        return _backends.updated_moment(C, x, float(decay))
+
     layers = zip(old.layers, inputs, output_gradients, strict=True)
-    return Factors(tuple(LayerFactors(update(A, a), update(G, g)) for (A, G), a, g in layers), averaged)
+    return Factors(tuple(LayerFactors(updated(A, a), updated(G, g)) for (A, G), a, g in layers), averaged)
 
 
 def moving_average(old: Factors | None, new: Factors, /, *, decay: float) -> Factors:
@@ -84,7 +84,7 @@ def averaging_decay(iteration: int, /, *, maximum: float = 0.95) -> float:
     return min(1 - 1 / iteration, maximum)
 
 
-def _mix(old: tuple[Any, ...], new: tuple[Any, ...], decay: float) -> Any:
+def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: float) -> Iterator[Array]:
     return (decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial, reduce
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from operator import add
-from typing import Any
 
-from . import _array, _conversions, _host, _linalg
+from . import _backends, _checks, _conversions
+from ._backends import product
+from ._typing import Array, Operator
 from ._value import leaves, value
-from .kronecker import Kronecker
-from .kronecker_basis import KroneckerBasis
 
 
 @value
@@ -27,16 +26,16 @@ class BlockDiagonal:
     (array([[0.5]]), array([[0.25]]))
     """
 
-    blocks: tuple[Any, ...]
+    blocks: tuple[Operator, ...]
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, tuple) or not self.blocks:
             raise ValueError(f"blocks is {self.blocks!r}, expected a tuple of one operator or more")
 
-    def apply(self, Vs: Sequence[Any], /, *, blas: str = "auto") -> tuple[Any, ...]:
-        """(block_1 @ V_1, ..., block_l @ V_l), `blas` as in `Kronecker.apply`. The sum of the blocks' flops."""
-        return tuple(_applied(block, V, blas) for block, V in self._pairs(Vs))
+    def apply(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
+        """(block_1 @ V_1, ..., block_l @ V_l). The sum of the blocks' flops."""
+        return tuple(_applied(block, V) for block, V in self._pairs(Vs))
 
     __matmul__ = apply
 
@@ -44,31 +43,31 @@ class BlockDiagonal:
         """The block-diagonal operator of the blocks' inverses."""
         return BlockDiagonal(tuple(block.inverse() for block in self.blocks))
 
-    def solve(self, Vs: Sequence[Any], /) -> tuple[Any, ...]:
+    def solve(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """Each block's `solve` of its V: backward stable, for one-off use."""
         return tuple(block.solve(V) for block, V in self._pairs(Vs))
 
-    def logdet(self) -> Any:
+    def logdet(self) -> Array:
         """Σ log det block_i (...)."""
         return reduce(add, (block.logdet() for block in self.blocks))
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """Σ tr block_i (...)."""
         return reduce(add, (block.trace() for block in self.blocks))
 
-    def diagonal(self) -> tuple[Any, ...]:
+    def diagonal(self) -> tuple[Array, ...]:
         """The blocks' diagonals, shaped like the Vs."""
         return tuple(block.diagonal() for block in self.blocks)
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """The matrix that acts on the stacked vec(V_i), zero outside the diagonal blocks."""
         return _assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
 
-    def as_scipy(self) -> Any:
+    def as_scipy(self) -> _conversions.LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return _conversions.linear_operator(self, [block.shape for block in self.blocks], self.apply)
 
-    def _pairs(self, Vs: Sequence[Any]) -> Any:
+    def _pairs(self, Vs: Sequence[Array]) -> Iterator[tuple[Operator, Array]]:
         if len(Vs) != len(self.blocks):
             raise ValueError(f"got {len(Vs)} matrices, expected {len(self.blocks)}, one a block")
         return zip(self.blocks, Vs, strict=True)
@@ -93,9 +92,9 @@ class BlockTridiagonalInverse:
            [-1.,  2.]])
     """
 
-    Psi_A: tuple[Any, ...]
-    Psi_G: tuple[Any, ...]
-    Lambda: tuple[Any, ...]
+    Psi_A: tuple[Array, ...]
+    Psi_G: tuple[Array, ...]
+    Lambda: tuple[Operator, ...]
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
@@ -103,66 +102,59 @@ class BlockTridiagonalInverse:
             counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
 
-    def apply(self, Vs: Sequence[Any], /, *, blas: str = "auto") -> tuple[Any, ...]:
-        """F̂⁻¹ (V_1, ..., V_l), `blas` as in `Kronecker.apply`.
+    def apply(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
+        """F̂⁻¹ (V_1, ..., V_l).
 
         Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ.
         """
         if len(Vs) != len(self.Lambda):
             raise ValueError(f"got {len(Vs)} matrices, expected {len(self.Lambda)}, one a layer")
-        b = _array.resolve(Lambda=next(leaves(self.Lambda)))
+        b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
         layers = zip(self.Lambda, Vs, strict=True)
-        Xs = [_array.operand(b, f"Vs[{i}]", V, block.shape) for i, (block, V) in enumerate(layers)]
+        Xs = [_backends.operand(b, f"Vs[{i}]", V, block.shape) for i, (block, V) in enumerate(layers)]
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
-        # up-sweep: Ξ
-        less = partial(_host.run, b, blas, _less, _less)
-        Us = [less(X, G, above, A) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]
-        # solve: Λ
-        Us = [_applied(block, U, blas) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]
-        # down-sweep: Ξᵀ
-        Ws = [less(U, G.mT, below, A.mT) for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]
-        return tuple(_array.narrowed(b, W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
+        Us = [X - product(G, above, A.mT) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]  # Ξ
+        Us = [_applied(block, U) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]  # Λ
+        Ws = [U - product(G.mT, below, A) for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]  # Ξᵀ
+        return tuple(_backends.narrowed(W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
 
     __matmul__ = apply
 
-    def logdet(self) -> Any:
+    def logdet(self) -> Array:
         """Σ log det Λ_i (...), since det Ξ = 1. The flops of the blocks' `logdet`."""
         return reduce(add, (block.logdet() for block in self.Lambda))
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """The matrix that acts on the stacked vec(V_i). 4 N³ flops for N = Σ m_i n_i."""
         Lambda = {(i, i): block.to_dense() for i, block in enumerate(self.Lambda)}
-        b = _array.resolve(Lambda=Lambda[0, 0])
+        b = _backends.resolve(Lambda=Lambda[0, 0])
         Xi = {(i, i): b.eye(block.shape[-1]) for (i, _), block in Lambda.items()}
         for i, (A, G) in enumerate(zip(self.Psi_A, self.Psi_G, strict=True)):
-            Xi[i, i + 1] = -_linalg.kron(b, A, G)
+            Xi[i, i + 1] = -_backends.kron(A, G)
         dense = _assembled(Xi)
         return dense.mT @ _assembled(Lambda) @ dense
 
-    def as_scipy(self) -> Any:
+    def as_scipy(self) -> _conversions.LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return _conversions.linear_operator(self, [block.shape for block in self.Lambda], self.apply)
 
 
-def _applied(block: Any, V: Any, blas: str) -> Any:
-    return block.apply(V, blas=blas) if isinstance(block, Kronecker | KroneckerBasis) else block @ V
+def _applied(block: Operator, V: Array) -> Array:
+    """block @ V: torch.compile traces the method and not the operator."""
+    return block.apply(V) if hasattr(block, "apply") else block @ V
 
 
-def _less(X: Any, G: Any, Y: Any, A: Any) -> Any:
-    return X - G @ Y @ A.mT
-
-
-def _assembled(blocks: dict[tuple[int, int], Any]) -> Any:
+def _assembled(blocks: dict[tuple[int, int], Array]) -> Array:
     """The square matrix of blocks {(i, j): (..., r_i, r_j)}, those on the diagonal among them; the others are zero."""
-    b = _array.resolve(**{f"blocks[{i}, {j}]": block for (i, j), block in blocks.items()})
-    batch = _array.common_batch(*(block.shape[:-2] for block in blocks.values()))
+    b = _backends.resolve(**{f"blocks[{i}, {j}]": block for (i, j), block in blocks.items()})
+    batch = _checks.common_batch(*(block.shape[:-2] for block in blocks.values()))
     layers = sorted({i for i, _ in blocks})
     sizes = [blocks[i, i].shape[-1] for i in layers]
 
-    def entry(i: int, j: int) -> Any:
+    def entry(i: int, j: int) -> Array:
         shape = (*batch, sizes[i], sizes[j])
         block = blocks.get((i, j))
-        return b.xp.zeros(shape, dtype=b.dtype, device=b.device) if block is None else b.xp.broadcast_to(block, shape)
+        return b.zeros(*shape) if block is None else b.xp.broadcast_to(block, shape)
 
     rows = [b.xp.concat([entry(i, j) for j in layers], axis=-1) for i in layers]
     return b.xp.concat(rows, axis=-2)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from . import _array, _conversions, _host, _lapack, _linalg
+from . import _backends, _checks, _conversions, spd
+from ._typing import Array, Scalar
 from ._value import value
 
 
@@ -26,13 +24,13 @@ class CholeskyInverse:
            [1.  ]])
     """
 
-    L: Any
+    L: Array
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
     as_scipy = _conversions.as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         self._backend()
-        _array.check_square(L=self.L)
+        _checks.check_square(L=self.L)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,65 +42,62 @@ class CholeskyInverse:
         """The leading dimensions."""
         return tuple(self.L.shape[:-2])
 
-    def apply(self, X: Any, /, *, blas: str = "auto") -> Any:
-        """L⁻ᵀ L⁻¹ X for X (..., n, r), as `@`; `blas` as in `spd.inverse`. 2 n² r flops."""
-        b = self._backend()
-        Y = self._operand(b, X)
-        return _array.narrowed(b, _host.run(b, blas, _lapack.substituted, partial(_substituted, b), self.L, Y), X.dtype)
-
-    def __matmul__(self, X: Any) -> Any:
+    def apply(self, X: Array, /) -> Array:
         """L⁻ᵀ L⁻¹ X for X (..., n, r). 2 n² r flops."""
-        return self.apply(X)
+        Y = self._operand(self._backend(), X)
+        return _backends.narrowed(_backends.substituted(self.L, Y), X.dtype)
 
-    def inverse(self) -> Any:
+    __matmul__ = apply
+
+    def apply_right(self, X: Array) -> Array:
+        """X L⁻ᵀ L⁻¹ for X (..., r, n). 2 n² r flops."""
+        return self.apply(X.mT).mT
+
+    def inverse(self) -> Array:
         """L Lᵀ (..., n, n), a dense array, exactly symmetric. 2 n³ flops."""
         L = self._lower()
-        return _linalg.symmetrised(L @ L.mT)
+        return _backends.symmetrised(L @ L.mT)
 
-    def solve(self, X: Any) -> Any:
+    def inverse_root(self, p: float) -> Array:
+        """(L Lᵀ)^(1/p) (..., n, n) for p > 0, a dense array. About 10 n³ flops."""
+        return spd.inverse_root(self.to_dense(), p)
+
+    def shifted(self, shift: Scalar) -> Array:
+        """(L Lᵀ)⁻¹ + shift I (..., n, n), a dense array, for a number or a shift (...). ⅔ n³ flops."""
+        return _backends.shifted(self.to_dense(), shift)
+
+    def solve(self, X: Array) -> Array:
         """L Lᵀ X for X (..., n, r). 4 n² r flops."""
         b, L = self._backend(), self._lower()
-        return _array.narrowed(b, L @ (L.mT @ self._operand(b, X)), X.dtype)
+        return _backends.narrowed(L @ (L.mT @ self._operand(b, X)), X.dtype)
 
-    def logdet(self) -> Any:
+    def logdet(self) -> Array:
         """`-2 Σ log |L_ii|` (...). n flops."""
         xp = self._backend().xp
         d = xp.abs(xp.linalg.diagonal(self.L))
-        return -2 * xp.sum(xp.log(xp.where((d > 0) & xp.isfinite(d), d, _array.NAN)), axis=-1)
+        return -2 * xp.sum(xp.log(xp.where((d > 0) & xp.isfinite(d), d, _backends.NAN)), axis=-1)
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """‖L⁻¹‖_F² (...). n³/3 flops."""
         return self._backend().xp.sum(self.diagonal(), axis=-1)
 
-    def diagonal(self) -> Any:
+    def diagonal(self) -> Array:
         """The squared lengths of the columns of L⁻¹ (..., n). n³/3 flops."""
         b = self._backend()
-        K = _linalg.forward_substitution(b, _nonsingular(b, self.L), b.eye(self.shape[0]))
+        K = _backends.forward_substitution(_backends.nonsingular(self.L), b.eye(self.shape[0]))
         return b.xp.sum(K * K, axis=-2)
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """(L Lᵀ)⁻¹ (..., n, n). ⅔ n³ flops."""
-        b = self._backend()
-        return _linalg.cholesky_inverse(b, _nonsingular(b, self._lower()))
+        return _backends.inverse_of_factor(_backends.nonsingular(self._lower()))
 
-    def _backend(self) -> _array.Backend:
-        return _array.resolve(L=self.L)
+    def _backend(self) -> _backends.Backend:
+        return _backends.resolve(L=self.L)
 
-    def _lower(self) -> Any:
+    def _lower(self) -> Array:
         return self._backend().xp.tril(self.L)
 
-    def _operand(self, b: _array.Backend, X: Any) -> Any:
-        Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
-        _array.check_batches(L=self.batch_shape, X=X.shape[:-2])
+    def _operand(self, b: _backends.Backend, X: Array) -> Array:
+        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+        _checks.check_batches(L=self.batch_shape, X=X.shape[:-2])
         return Y
-
-
-def _substituted(b: _array.Backend, L: Any, X: Any) -> Any:
-    L = _nonsingular(b, L)
-    return _linalg.back_substitution(b, L, _linalg.forward_substitution(b, L, X))
-
-
-def _nonsingular(b: _array.Backend, L: Any) -> Any:
-    """L, NaN for a member that is singular."""
-    d = b.xp.linalg.diagonal(L)
-    return b.xp.where(b.xp.all((d != 0) & b.xp.isfinite(d), axis=-1)[..., None, None], L, _array.NAN)

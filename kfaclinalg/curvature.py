@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
-from . import _array, _host, _lapack, _linalg, _side
-from ._typing import Scalar
+from . import _backends, _checks
+from ._sides import ROUTINES, inverses, resolve_sides, side
+from ._typing import Array, Scalar
 from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .damping import damped_inverses, factored_tikhonov
+from .damping import factored_tikhonov
 from .factors import Factors, LayerFactors
-from .kronecker import Kronecker
+from .kronecker import Kronecker, _shifted_inverse
 from .kronecker_basis import KroneckerBasis
 from .low_rank import LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 
+T = TypeVar("T")
+
 
 def block_diagonal_inverse(
-    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", method: str = "explicit", blas: str = "auto"
+    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", method: str = "explicit"
 ) -> BlockDiagonal:
     """F̆⁻¹ with the blocks (A_i + π_i γ I)⁻¹ ⊗ (G_i + γ/π_i I)⁻¹ (Sections 4.2 and 6.3). Links are not used.
 
     About Σ n_i³ + m_i³ flops. A layer whose damped factors are not positive definite becomes NaN, the others do not.
-    `method` is as in `Kronecker.inverse`, `blas` as in `Kronecker.apply`.
+    `method` is as in `Kronecker.inverse`.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`, or no layers.
@@ -34,19 +37,16 @@ def block_diagonal_inverse(
     >>> (block_diagonal_inverse(factors, 0.0) @ (np.asarray([[6.0, 3.0]]),))[0]
     array([[2., 1.]])
     """
-    _array.check_choice("method", method, _side.INVERSES)
-    blocks = (rebuilt(Kronecker, damped_inverses(layer, gamma, norm, method, blas)) for layer in factors.layers)
-    return BlockDiagonal(tuple(blocks))
+    _checks.check_choice("method", method, ROUTINES)
+    damped = (M for layer in factors.layers for M in factored_tikhonov(layer, gamma, norm=norm))
+    return BlockDiagonal(tuple(rebuilt(Kronecker, pair) for pair in _pairs(inverses(damped, method))))
 
 
-def block_tridiagonal_inverse(
-    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", blas: str = "auto"
-) -> BlockTridiagonalInverse:
+def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str = "trace") -> BlockTridiagonalInverse:
     """F̂⁻¹ = Ξᵀ Λ Ξ, for the F̂ that agrees with F̃ on the tridiagonal blocks and has a block-tridiagonal inverse (4.3).
 
     γ damps the factors of the layers, never the links, which come from the same samples. A layer that is not positive
-    definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops. `blas` is as in
-    `Kronecker.apply`.
+    definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`; or there is not one link fewer than layers, or one of them
@@ -59,28 +59,32 @@ def block_tridiagonal_inverse(
     >>> (block_tridiagonal_inverse(factors, 0.0) @ (one, 0 * one))[0]
     array([[1.33333333]])
     """
-    layers = [factored_tikhonov(layer, gamma, norm=norm, blas=blas) for layer in factors.layers]
+    layers = [factored_tikhonov(layer, gamma, norm=norm) for layer in factors.layers]
     _check_links(factors)
     # Layer i given layer i+1, with X the link of one side and L Lᵀ = A_{i+1}: Ψ = X A_{i+1}⁻¹, and
     #     Σ_{i|i+1} = A_i ⊗ G_i - Ψ^A A_{i+1} Ψ^Aᵀ ⊗ Ψ^G G_{i+1} Ψ^Gᵀ,
     # whose second factors are Y Yᵀ with Y = X L⁻ᵀ. In the basis K = L_i⁻ᵀ E of R Rᵀ = E diag(s) Eᵀ, R = L_i⁻¹ Y, it is
     # I ⊗ I - diag(s_A) ⊗ diag(s_G) (Appendix B).
+    sides = [
+        side
+        for (lower, upper), link in zip(pairwise(layers), factors.links, strict=True)
+        for side in zip(lower, upper, link, strict=True)
+    ]
+    for M, above, X in sides:
+        _backends.resolve(factor=M, above=above, link=X)
     Psi_A, Psi_G, Lambda = [], [], []
-    for (lower, upper), link in zip(pairwise(layers), factors.links, strict=True):
-        (Psi, K_A, s_A), (Phi, K_G, s_G) = map(partial(_conditional, blas), lower, upper, link)
+    for (Psi, K_A, s_A), (Phi, K_G, s_G) in _pairs(_backends.each(_backends.conditional, *zip(*sides, strict=True))):
         Psi_A.append(Psi)
         Psi_G.append(Phi)
-        b = _array.resolve(K_A=K_A)
-        weights = _linalg.reciprocal(b, 1 - s_G[..., :, None] * s_A[..., None, :])
-        Lambda.append(KroneckerBasis(K_A, K_G, weights))
-    return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse(blas=blas)))
+        weights = _backends.reciprocal(1 - s_G[..., :, None] * s_A[..., None, :])
+        Lambda.append(rebuilt(KroneckerBasis, (K_A, K_G, weights)))
+    return BlockTridiagonalInverse(tuple(Psi_A), tuple(Psi_G), (*Lambda, Kronecker(*layers[-1]).inverse()))
 
 
-def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = "auto") -> BlockDiagonal:
+def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagonal:
     """The blocks (A_i ⊗ G_i + damping I)⁻¹ exactly, without the factored approximation (eqn 6). Links are not used.
 
     `damping` is λ + η, what is added to the curvature itself: γ² of the factored form. About Σ 9 (n_i³ + m_i³) flops.
-    `blas` is as in `Kronecker.apply`.
 
     Raises:
         TypeError, ValueError: as for `Kronecker.shifted_inverse`, or no layers.
@@ -91,10 +95,12 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /, *, blas: str = 
     >>> (exactly_damped_inverse(factors, 1.0) @ (np.ones((1, 1)),))[0]
     array([[0.25]])
     """
-    return BlockDiagonal(tuple(Kronecker(*layer).shifted_inverse(damping, blas=blas) for layer in factors.layers))
+    damping = _checks.nonnegative("damping", damping)
+    spectra = _backends.each(_backends.eigh, (M for layer in factors.layers for M in _dense(layer)))
+    return BlockDiagonal(tuple(_shifted_inverse(A, G, damping) for A, G in _pairs(spectra)))
 
 
-def low_rank_inverse(  # noqa: PLR0913 - each of them is the caller's to choose
+def low_rank_inverse(
     factors: Factors,
     gamma: Scalar,
     /,
@@ -102,14 +108,13 @@ def low_rank_inverse(  # noqa: PLR0913 - each of them is the caller's to choose
     rank: int,
     norm: str = "trace",
     start: BlockDiagonal | None = None,
-    blas: str = "auto",
 ) -> BlockDiagonal:
     """`block_diagonal_inverse` with A <- rank_k(A) and G <- rank_k(G - diag G) + diag G. Links are not used.
 
     The blocks are `Kronecker` products of `LowRankPlusDiagonal` inverses, in O(k (n_i + m_i)) memory. `low_rank` takes
     about Σ 16 k (n_i² + m_i²) flops, and Σ 14 k² (n_i + m_i) invert. An earlier result of this function as `start`, for
     factors that have changed little since, leaves a smaller error. A side smaller than the rank is kept whole. A layer
-    whose truncated G is not positive definite when damped becomes NaN. `blas` is as in `Kronecker.apply`.
+    whose truncated G is not positive definite when damped becomes NaN.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov` and `low_rank`; or no layers, or `start` is not of this form.
@@ -126,13 +131,15 @@ def low_rank_inverse(  # noqa: PLR0913 - each of them is the caller's to choose
         A_k = low_rank(A, min(rank, A.shape[-1]), start=A_start)
         G_k = low_rank_plus_diagonal(G, min(rank, G.shape[-1]), start=G_start)
         truncated.append(LayerFactors(A_k, G_k))
-    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm, blas=blas)
+    return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm)
 
 
 def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:
     if start is None:
         return [(None, None)] * layers
-    sides = [(block.A, block.B) for block in getattr(start, "blocks", ()) if isinstance(block, Kronecker)]
+    sides: list[tuple[Any, Any]] = [
+        (block.A, block.B) for block in getattr(start, "blocks", ()) if isinstance(block, Kronecker)
+    ]
     if len(sides) != layers or not all(isinstance(M, LowRankPlusDiagonal) for pair in sides for M in pair):
         raise TypeError(f"start is {start!r}, expected an earlier result for {layers} layers")
     return [(_spanned(A), _spanned(B)) for A, B in sides]
@@ -143,29 +150,25 @@ def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
-def _conditional(blas: str, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
-    """One side of a layer given the next: Psi, K and s from the damped factors of both and their link X."""
-    b = _array.resolve(factor=M, above=above, link=X)
-    return _host.run(b, blas, _lapack.conditional, partial(_factorised, b), M, above, X)
+def _dense(layer: LayerFactors) -> Iterator[Array]:
+    resolve_sides(A=layer.A, G=layer.G)
+    return (side(M).to_dense() for M in layer)
 
 
-def _factorised(b: _array.Backend, M: Any, above: Any, X: Any) -> tuple[Any, Any, Any]:
-    L, L_above = (_linalg.cholesky(b, _linalg.symmetrised(N)) for N in (M, above))
-    Y_T = _linalg.forward_substitution(b, L_above, X.mT)
-    Psi = _linalg.back_substitution(b, L_above, Y_T).mT
-    E, s = _linalg.left_singular(b, _linalg.forward_substitution(b, L, Y_T.mT))
-    return Psi, _linalg.back_substitution(b, L, E), s
+def _pairs(of_sides: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """What belongs to the A and to the G of each layer."""
+    return zip(of_sides[::2], of_sides[1::2], strict=True)
 
 
 def _check_links(factors: Factors) -> None:
     if len(factors.links) != len(factors.layers) - 1:
         raise ValueError(f"got {len(factors.links)} links for {len(factors.layers)} layers, expected one fewer")
     for i, ((lower, upper), link) in enumerate(zip(pairwise(factors.layers), factors.links, strict=True)):
-        for side in ("A", "G"):
-            shape = (getattr(lower, side).shape[-1], getattr(upper, side).shape[-1])
-            if tuple(getattr(link, side).shape[-2:]) != shape:
-                came = tuple(getattr(link, side).shape)
-                raise ValueError(f"links[{i}].{side} has shape {came}, expected (..., {shape[0]}, {shape[1]})")
+        for name in ("A", "G"):
+            shape = (getattr(lower, name).shape[-1], getattr(upper, name).shape[-1])
+            if tuple(getattr(link, name).shape[-2:]) != shape:
+                came = tuple(getattr(link, name).shape)
+                raise ValueError(f"links[{i}].{name} has shape {came}, expected (..., {shape[0]}, {shape[1]})")
 
 
 STRUCTURES: dict[str, Any] = {"block-diagonal": block_diagonal_inverse, "block-tridiagonal": block_tridiagonal_inverse}

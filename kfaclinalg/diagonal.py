@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from . import _array, _conversions
+from . import _backends, _checks, _conversions
+from ._typing import Array, Scalar
 from ._value import value
 
 
@@ -21,7 +20,7 @@ class Diagonal:
            [0.25]])
     """
 
-    d: Any
+    d: Array
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
     as_scipy = _conversions.as_scipy_on_vectors
 
@@ -40,14 +39,24 @@ class Diagonal:
         """The leading dimensions."""
         return tuple(self.d.shape[:-1])
 
-    def __matmul__(self, X: Any) -> Any:
+    def apply(self, X: Array, /) -> Array:
         """d ∘ X for X (..., n, r). n r flops."""
         b = self._backend()
-        return _array.narrowed(b, self.d[..., None] * self._operand(b, X), X.dtype)
+        return _backends.narrowed(self.d[..., None] * self._operand(b, X), X.dtype)
+
+    __matmul__ = apply
+
+    def apply_right(self, X: Array) -> Array:
+        """X ∘ dᵀ for X (..., r, n). n r flops."""
+        return self.apply(X.mT).mT
 
     def inverse(self) -> Diagonal:
         """diag(1/d). n flops."""
         return Diagonal(1 / self._positive())
+
+    def shifted(self, shift: Scalar) -> Diagonal:
+        """diag(d + shift) for a number or a shift (...). n flops."""
+        return Diagonal(self.d + _backends.per_member(shift, 1))
 
     def inverse_root(self, p: float) -> Diagonal:
         """diag(d^(-1/p)) for p > 0. n flops.
@@ -55,42 +64,42 @@ class Diagonal:
         Raises:
             ValueError: p is not positive.
         """
-        _array.check_positive("p", p)
+        _checks.check_positive("p", p)
         return Diagonal(self._positive() ** (-1 / p))
 
-    def solve(self, X: Any) -> Any:
+    def solve(self, X: Array) -> Array:
         """X / d for X (..., n, r). n r flops."""
         b = self._backend()
-        return _array.narrowed(b, self._operand(b, X) / self._positive()[..., None], X.dtype)
+        return _backends.narrowed(self._operand(b, X) / self._positive()[..., None], X.dtype)
 
-    def logdet(self) -> Any:
+    def logdet(self) -> Array:
         """Σ log d (...). n flops."""
         xp = self._backend().xp
         return xp.sum(xp.log(self._positive()), axis=-1)
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """Σ d (...). n flops."""
         return self._backend().xp.sum(self.d, axis=-1)
 
-    def diagonal(self) -> Any:
+    def diagonal(self) -> Array:
         """d (..., n). No flops."""
         return self.d
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """diag(d) (..., n, n). No flops."""
         b = self._backend()
         return b.xp.where(b.eye(self.shape[0]) > 0, self.d[..., None], 0.0)
 
-    def _backend(self) -> _array.Backend:
-        return _array.resolve(d=self.d)
+    def _backend(self) -> _backends.Backend:
+        return _backends.resolve(d=self.d)
 
-    def _operand(self, b: _array.Backend, X: Any) -> Any:
-        Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
-        _array.check_batches(d=self.batch_shape, X=X.shape[:-2])
+    def _operand(self, b: _backends.Backend, X: Array) -> Array:
+        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+        _checks.check_batches(d=self.batch_shape, X=X.shape[:-2])
         return Y
 
-    def _positive(self) -> Any:
+    def _positive(self) -> Array:
         """d, NaN for a member with an entry that is not positive and finite."""
         xp = self._backend().xp
         positive = xp.all((self.d > 0) & xp.isfinite(self.d), axis=-1)
-        return xp.where(positive[..., None], self.d, _array.NAN)
+        return xp.where(positive[..., None], self.d, _backends.NAN)

@@ -8,10 +8,9 @@ block-tridiagonal inverse needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-from . import _array, _moments
+from . import _backends, _moments
 from ._typing import ArrayT
 
 
@@ -64,30 +63,28 @@ def homogeneous(a: ArrayT, /) -> ArrayT:
     >>> homogeneous(np.asarray([[2.0, 3.0]]))
     array([[2., 3., 1.]])
     """
-    b = _array.resolve(a=a)
+    b = _backends.resolve(a=a)
     if a.ndim < 2:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., N, d)")
     ones = b.xp.ones((*a.shape[:-1], 1), dtype=b.dtype, device=b.device)
     return b.xp.concat([a, ones], axis=-1)
 
 
-def second_moment(x: ArrayT, /, *, blas: str = "auto") -> ArrayT:
+def second_moment(x: ArrayT, /) -> ArrayT:
     """xᵀx / N (..., n, n) of N rows x (..., N, n), exactly symmetric. N n² flops, or 2 N n² where there is no SYRK.
 
-    `blas` "auto" sends a single matrix on torch's CPU to SciPy where that is faster, "native" keeps to torch.
-
     Raises:
-        TypeError, ValueError: x is not a float32 or float64 array of two dimensions or more; N = 0; an unknown `blas`.
+        TypeError, ValueError: x is not a float32 or float64 array of two dimensions or more; N = 0.
 
     >>> import numpy as np
     >>> second_moment(np.asarray([[1.0, 1.0], [3.0, 1.0]]))
     array([[5., 2.],
            [2., 1.]])
     """
-    b = _array.resolve(x=x)
+    _backends.resolve(x=x)
     if x.ndim < 2 or x.shape[-2] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., N, n) with N > 0")
-    return _moments.moment(b, blas, x)
+    return _backends.moment(x)
 
 
 def batch_factors(
@@ -96,7 +93,6 @@ def batch_factors(
     /,
     *,
     links: bool = False,
-    blas: str = "auto",
 ) -> Factors:
     """The second moments of one batch of N examples: A_i = aᵀa / N and G_i = gᵀg / N, exactly symmetric.
 
@@ -106,7 +102,6 @@ def batch_factors(
         inputs: one array (..., N, n_i) a layer, used as given; see `homogeneous` for the bias.
         output_gradients: one (..., N, m_i) a layer; a row is the gradient of the loss *of one example*.
         links: also the cross moments of neighbouring layers, from the same examples.
-        blas: as in `second_moment`.
 
     Raises:
         TypeError, ValueError: the sequences differ in length, or an array in N, dtype, namespace or device; N = 0.
@@ -117,7 +112,7 @@ def batch_factors(
     LayerFactors(A=array([[5., 2.],
            [2., 1.]]), G=array([[2.]]))
     """
-    b = _moments.check_batch(inputs, output_gradients)
-    moment = partial(_moments.moment, b, blas)
+    _moments.check_batch(inputs, output_gradients)
+    moment = _backends.moment
     layers = tuple(LayerFactors(moment(a), moment(g)) for a, g in zip(inputs, output_gradients, strict=True))
     return Factors(layers, tuple(Link(*pair) for pair in _moments.links(inputs, output_gradients)) if links else ())

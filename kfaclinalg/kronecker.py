@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from . import _array, _conversions, _host, _lapack, _linalg, _side
-from ._typing import Scalar
+from . import _backends, _checks, _conversions
+from ._sides import ROUTINES, SideLike, as_given, inverses, resolve_sides, side
+from ._typing import Array, Scalar, Side
 from ._value import rebuilt, value
 from .kronecker_basis import KroneckerBasis
 
@@ -22,14 +20,14 @@ class OuterProduct:
     array([[4., 4., 4.]])
     """
 
-    L: Any
-    R: Any
+    L: Array
+    R: Array
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
-        b = _array.resolve(L=self.L, R=self.R)
-        _array.operand(b, "R", self.R, (self.R.shape[-2], self.L.shape[-1]))
-        _array.check_batches(L=self.L.shape[:-2], R=self.R.shape[:-2])
+        b = _backends.resolve(L=self.L, R=self.R)
+        _backends.operand(b, "R", self.R, (self.R.shape[-2], self.L.shape[-1]))
+        _checks.check_batches(L=self.L.shape[:-2], R=self.R.shape[:-2])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +46,7 @@ class OuterProduct:
         m, n = shape
         return r * (m * m + n * n + m * n) < m * n * (m + n)
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """L Rᵀ (..., m, n). 2 m n r flops."""
         return self.L @ self.R.mT
 
@@ -73,120 +71,111 @@ class Kronecker:
            [0.25]])
     """
 
-    A: Any
-    B: Any
+    A: SideLike
+    B: SideLike
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
     as_scipy = _conversions.as_scipy
 
     def __post_init__(self) -> None:
-        self._backend()
-        _side.check(A=self.A, B=self.B)
+        resolve_sides(A=self.A, B=self.B)
+        for name in "AB":
+            object.__setattr__(self, name, as_given(getattr(self, name)))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n), the shape of the matrices that it acts on."""
         return (self.B.shape[-1], self.A.shape[-1])
 
-    def apply(self, V: Any, /, *, blas: str = "auto") -> Any:
-        """B V Aᵀ (..., m, n), as `@`. 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`.
-
-        Here and below `blas` "auto" sends single matrices on torch's CPU to NumPy or SciPy where that is faster,
-        "native" keeps to torch; other backends have one way.
-        """
+    def apply(self, V: Array | OuterProduct, /) -> Array:
+        """B V Aᵀ (..., m, n), as `@`. 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
         if isinstance(V, OuterProduct):
-            return self.apply_outer(V.L, V.R, blas=blas)
-        b = self._backend()
-        _array.check_choice("blas", blas, _host.CHOICES)
-        return _array.narrowed(b, _side.apply(b, blas, (self.A, self.B), self._operand(b, V)), V.dtype)
+            return self.apply_outer(V.L, V.R)
+        A, B = self._sides()
+        return self._narrowed(A.apply_right(B.apply(self._operand(V))), V)
 
-    def __matmul__(self, V: Any) -> Any:
-        """B V Aᵀ (..., m, n). 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
-        return self.apply(V)
+    __matmul__ = apply
 
-    def apply_outer(self, L: Any, R: Any, *, blas: str = "auto") -> Any:
+    def apply_outer(self, L: Array, R: Array) -> Array:
         """(A ⊗ B) applied to L Rᵀ, for L (..., m, r) and R (..., n, r), as (B L)(A R)ᵀ (the end of Section 8).
 
         2 r (m² + n² + m n) flops, fewer than those of `@` where `OuterProduct.pays`.
         """
-        b = self._backend()
+        b = resolve_sides(A=self.A, B=self.B)
         m, n = self.shape
-        left = _array.operand(b, "L", L, (m, L.shape[-1]))
-        right = _array.operand(b, "R", R, (n, L.shape[-1]))
-        return _array.narrowed(b, _side.apply_outer(b, blas, (self.A, self.B), left, right), L.dtype)
+        left, right = (
+            _backends.operand(b, "L", L, (m, L.shape[-1])),
+            _backends.operand(b, "R", R, (n, L.shape[-1])),
+        )
+        A, B = self._sides()
+        # From the right: L and R of a batch are transposed, it is their columns that lie together in memory.
+        return self._narrowed(_backends.product(B.apply_right(left.mT).mT, A.apply_right(right.mT)), L)
 
-    def inverse(self, *, method: str = "explicit", blas: str = "auto") -> Kronecker:
+    def inverse(self, *, method: str = "explicit") -> Kronecker:
         """A⁻¹ ⊗ B⁻¹ (Section 4.2). About n³ + m³ flops, a third of it with `method` "cholesky".
 
         That makes a `CholeskyInverse` of what is dense: cheaper where the inverse is applied once or twice. A diagonal
         or low-rank side has an inverse of its own kind.
         """
-        _array.check_choice("method", method, _side.INVERSES)
-        return rebuilt(Kronecker, _side.inverses(self._backend(), method, blas, self.A, self.B))
+        _checks.check_choice("method", method, ROUTINES)
+        return rebuilt(Kronecker, inverses((self.A, self.B), method))
 
-    def solve(self, V: Any, *, blas: str = "auto") -> Any:
+    def solve(self, V: Array) -> Array:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
-        b = self._backend()
-        args = self.A, self.B, self._operand(b, V)
-        if _side.are_structured(self.A, self.B):
-            return _array.narrowed(b, _solved(partial(_side.solve, blas=blas), *args), V.dtype)
-        native = partial(_solved, partial(_side.solve, blas="native"))
-        return _array.narrowed(b, _host.run(b, blas, _host_solved, native, *args), V.dtype)
+        A, B = self._sides()
+        return self._narrowed(A.solve(B.solve(self._operand(V)).mT).mT, V)
 
-    def inverse_root(self, p: float, *, blas: str = "auto") -> Kronecker:
+    def inverse_root(self, p: float) -> Kronecker:
         """A^(-1/p) ⊗ B^(-1/p). About 9 (n³ + m³) flops; that of a `LowRankPlusDiagonal` is dense."""
-        return Kronecker(_side.inverse_root(self.A, p, blas), _side.inverse_root(self.B, p, blas))
+        A, B = self._sides()
+        return Kronecker(A.inverse_root(p), B.inverse_root(p))
 
-    def shifted_inverse(self, shift: Scalar, *, blas: str = "auto") -> KroneckerBasis:
+    def shifted_inverse(self, shift: Scalar) -> KroneckerBasis:
         """(A ⊗ B + shift I)⁻¹, exactly (eqn 6). About 9 (n³ + m³) flops.
 
         With A = Q_A diag(a) Q_Aᵀ and B = Q_B diag(b) Q_Bᵀ the sum is Q diag(vec(b aᵀ + shift)) Qᵀ, Q = Q_A ⊗ Q_B. Only
         the sum need be positive definite. `shift` is λ + η, what is added to the curvature itself.
         """
-        b = self._backend()
-        shift = _array.nonnegative("shift", shift)
-        args = shift, _side.dense(self.A), _side.dense(self.B)
-        if not isinstance(shift, float):  # one of a batch of shifts, perhaps
-            return rebuilt(KroneckerBasis, _shifted_inverse(partial(_side.eigh, b, blas), *args))
-        native = partial(_shifted_inverse, partial(_side.eigh, b, "native"))
-        return rebuilt(KroneckerBasis, _host.run(b, blas, _host_shifted_inverse, native, *args))
+        shift = _checks.nonnegative("shift", shift)
+        A, B = _backends.each(_backends.eigh, [M.to_dense() for M in self._sides()])
+        return _shifted_inverse(A, B, shift)
 
-    def logdet(self, *, blas: str = "auto") -> Any:
+    def logdet(self) -> Array:
         """m log det A + n log det B (...). (n³ + m³)/3 flops."""
         m, n = self.shape
-        return m * _side.logdet(self.A, blas) + n * _side.logdet(self.B, blas)
+        A, B = self._sides()
+        return m * A.logdet() + n * B.logdet()
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """tr(A) tr(B) (...). n + m flops."""
-        b = self._backend()
-        return _side.trace(b, self.A) * _side.trace(b, self.B)
+        A, B = self._sides()
+        return A.trace() * B.trace()
 
-    def diagonal(self) -> Any:
+    def diagonal(self) -> Array:
         """The diagonal of A ⊗ B, shaped like V: entry (i, j) is B_ii A_jj. m n flops."""
-        b = self._backend()
-        return _side.diagonal(b, self.B)[..., :, None] * _side.diagonal(b, self.A)[..., None, :]
+        A, B = self._sides()
+        return B.diagonal()[..., :, None] * A.diagonal()[..., None, :]
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """A ⊗ B as a matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. m² n² flops."""
-        return _linalg.kron(self._backend(), _side.dense(self.A), _side.dense(self.B))
+        A, B = self._sides()
+        return _backends.kron(A.to_dense(), B.to_dense())
 
-    def _backend(self) -> _array.Backend:
-        return _side.resolve(A=self.A, B=self.B)
+    def _sides(self) -> tuple[Side, Side]:
+        return side(self.A), side(self.B)
 
-    def _operand(self, b: _array.Backend, V: Any) -> Any:
-        X = _array.operand(b, "V", V, self.shape)
-        _array.check_batches(**_side.batches(A=self.A, B=self.B), V=V.shape[:-2])
+    def _operand(self, V: Array) -> Array:
+        b = resolve_sides(A=self.A, B=self.B)
+        X = _backends.operand(b, "V", V, self.shape)
+        batches = {name: M.batch_shape for name, M in zip("AB", self._sides(), strict=True)}
+        _checks.check_batches(**batches, V=V.shape[:-2])
         return X
 
-
-def _solved(solve: Any, A: Any, B: Any, X: Any) -> Any:
-    return solve(A, solve(B, X).mT).mT
-
-
-def _shifted_inverse(eigh: Any, shift: Any, A: Any, B: Any) -> tuple[Any, Any, Any]:
-    (a, Q_A), (c, Q_B) = eigh(A), eigh(B)
-    eigenvalues = c[..., :, None] * a[..., None, :] + _array.per_member(shift)
-    return Q_A, Q_B, _linalg.reciprocal(_array.resolve(A=A), eigenvalues)
+    def _narrowed(self, U: Array, V: Array) -> Array:
+        return _backends.narrowed(U, V.dtype)
 
 
-_host_solved = partial(_solved, _lapack.solve)
-_host_shifted_inverse = partial(_shifted_inverse, _lapack.eigh)
+def _shifted_inverse(A: tuple[Array, Array], B: tuple[Array, Array], shift: Scalar) -> KroneckerBasis:
+    """(A ⊗ B + shift I)⁻¹ from the eigenvalues and eigenvectors of both."""
+    (a, Q_A), (b, Q_B) = A, B
+    eigenvalues = b[..., :, None] * a[..., None, :] + _backends.per_member(shift)
+    return rebuilt(KroneckerBasis, (Q_A, Q_B, _backends.reciprocal(eigenvalues)))

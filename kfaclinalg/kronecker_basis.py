@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from . import _array, _conversions, _host, _lapack, _linalg
+from . import _backends, _checks, _conversions
+from ._typing import Array
 from ._value import value
 
 
@@ -25,35 +23,30 @@ class KroneckerBasis:
            [5.]])
     """
 
-    K_A: Any
-    K_B: Any
-    weights: Any
+    K_A: Array
+    K_B: Array
+    weights: Array
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
     as_scipy = _conversions.as_scipy
 
     def __post_init__(self) -> None:
         b = self._backend()
-        _array.check_square(K_A=self.K_A, K_B=self.K_B)
-        _array.operand(b, "weights", self.weights, self.shape)
+        _checks.check_square(K_A=self.K_A, K_B=self.K_B)
+        _backends.operand(b, "weights", self.weights, self.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n), the shape of the matrices that it acts on."""
         return (self.K_B.shape[-1], self.K_A.shape[-1])
 
-    def apply(self, V: Any, /, *, blas: str = "auto") -> Any:
-        """K_B [(K_Bᵀ V K_A) ∘ weights] K_Aᵀ (..., m, n) (Appendix B), as `@`. 4 m n (m + n) flops.
-
-        `blas` is as in `Kronecker.apply`.
-        """
-        b = self._backend()
-        X = _array.operand(b, "V", V, self.shape)
-        product = _host.run(b, blas, _product, _product, self.K_A, self.K_B, self.weights, X)
-        return _array.narrowed(b, product, V.dtype)
-
-    def __matmul__(self, V: Any) -> Any:
+    def apply(self, V: Array, /) -> Array:
         """K_B [(K_Bᵀ V K_A) ∘ weights] K_Aᵀ (..., m, n) (Appendix B). 4 m n (m + n) flops."""
-        return self.apply(V)
+        b = self._backend()
+        X = _backends.operand(b, "V", V, self.shape)
+        X = _backends.product(self.K_B.mT, X, self.K_A) * self.weights
+        return _backends.narrowed(_backends.product(self.K_B, X, self.K_A.mT), V.dtype)
+
+    __matmul__ = apply
 
     def inverse(self) -> KroneckerBasis:
         """(K_A⁻ᵀ ⊗ K_B⁻ᵀ) diag(1 / weights) (K_A⁻ᵀ ⊗ K_B⁻ᵀ)ᵀ, NaN where K_A or K_B is singular or a weight is zero.
@@ -61,43 +54,37 @@ class KroneckerBasis:
         2 (n³ + m³) flops.
         """
         b = self._backend()
-        native = partial(_linalg.general_inverse, b)
-        K_A, K_B = (_host.run(b, "native", _lapack.general_inverse, native, K).mT for K in (self.K_A, self.K_B))
+        K_A, K_B = (_backends.general_inverse(K).mT for K in (self.K_A, self.K_B))
         proper = b.xp.isfinite(self.weights) & (self.weights != 0)
-        return KroneckerBasis(K_A, K_B, 1 / b.xp.where(proper, self.weights, _array.NAN))
+        return KroneckerBasis(K_A, K_B, 1 / b.xp.where(proper, self.weights, _backends.NAN))
 
-    def solve(self, V: Any) -> Any:
+    def solve(self, V: Array) -> Array:
         """`inverse() @ V`, for one-off use. 2 (n³ + m³) + 4 m n (m + n) flops."""
         return self.inverse() @ V
 
-    def logdet(self) -> Any:
+    def logdet(self) -> Array:
         """2 m log|det K_A| + 2 n log|det K_B| + Σ log weights (...). ⅔ (n³ + m³) flops."""
         b = self._backend()
         m, n = self.shape
-        native = partial(_linalg.log_abs_det, b)
-        log_A, log_B = (_host.run(b, "native", _lapack.log_abs_det, native, K) for K in (self.K_A, self.K_B))
-        positive = b.xp.where(b.xp.isfinite(self.weights) & (self.weights > 0), self.weights, _array.NAN)
+        log_A, log_B = _backends.log_abs_det(self.K_A), _backends.log_abs_det(self.K_B)
+        positive = b.xp.where(b.xp.isfinite(self.weights) & (self.weights > 0), self.weights, _backends.NAN)
         return 2 * (m * log_A + n * log_B) + b.xp.sum(b.xp.log(positive), axis=(-2, -1))
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """Σ weights_ij ‖K_B e_i‖² ‖K_A e_j‖² (...). 2 (m² + n² + m n) flops."""
         xp = self._backend().xp
         a, b = (xp.sum(K * K, axis=-2) for K in (self.K_A, self.K_B))
         return xp.sum(b * (self.weights @ a[..., None])[..., 0], axis=-1)
 
-    def diagonal(self) -> Any:
+    def diagonal(self) -> Array:
         """(K_B ∘ K_B) weights (K_A ∘ K_A)ᵀ: the diagonal, shaped like V. 2 m n (m + n) flops."""
         return (self.K_B * self.K_B) @ self.weights @ (self.K_A * self.K_A).mT
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. 2 m³ n³ flops."""
-        K = _linalg.kron(self._backend(), self.K_A, self.K_B)
+        K = _backends.kron(self.K_A, self.K_B)
         w = self._backend().xp.reshape(self.weights.mT, (*self.weights.shape[:-2], 1, K.shape[-1]))
         return (K * w) @ K.mT
 
-    def _backend(self) -> _array.Backend:
-        return _array.resolve(K_A=self.K_A, K_B=self.K_B)
-
-
-def _product(K_A: Any, K_B: Any, weights: Any, X: Any) -> Any:
-    return K_B @ ((K_B.mT @ X @ K_A) * weights) @ K_A.mT
+    def _backend(self) -> _backends.Backend:
+        return _backends.resolve(K_A=self.K_A, K_B=self.K_B)

@@ -5,10 +5,8 @@ They take O(n k) memory, and their inverses, of the same form, O(n k²) flops.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from . import _array, _capacitance, _conversions, _host, _linalg, _subspace, _woodbury
+from . import _backends, _capacitance, _checks, _conversions, _subspace, _woodbury, spd
+from ._typing import Array, Scalar
 from ._value import value
 from .diagonal import Diagonal
 
@@ -31,9 +29,9 @@ class LowRankPlusDiagonal:
            [0.5, 1.5]])
     """
 
-    U: Any
-    s: Any
-    d: Any
+    U: Array
+    s: Array
+    d: Array
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
     as_scipy = _conversions.as_scipy_on_vectors
 
@@ -41,9 +39,9 @@ class LowRankPlusDiagonal:
         b = self._backend()
         if self.U.ndim < 2:
             raise ValueError(f"U has shape {tuple(self.U.shape)}, expected (..., n, k)")
-        _array.operand(b, "s", self.s, self.U.shape[-1:])
-        _array.operand(b, "d", self.d, self.U.shape[-2:-1])
-        _array.check_batches(**self._batches())
+        _backends.operand(b, "s", self.s, self.U.shape[-1:])
+        _backends.operand(b, "d", self.d, self.U.shape[-2:-1])
+        _checks.check_batches(**self._batches())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,95 +51,97 @@ class LowRankPlusDiagonal:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading dimensions, broadcast."""
-        return _array.common_batch(*self._batches().values())
+        return _checks.common_batch(*self._batches().values())
 
-    def __matmul__(self, X: Any) -> Any:
+    def apply(self, X: Array, /) -> Array:
         """U (s ∘ Uᵀ X) + d ∘ X for X (..., n, r). 4 n k r flops."""
         b = self._backend()
-        return _array.narrowed(b, self._apply(self._operand(b, X)), X.dtype)
+        return _backends.narrowed(self._applied(self._operand(b, X)), X.dtype)
 
-    def inverse(self, method: str = "woodbury", *, blas: str = "auto") -> LowRankPlusDiagonal:
+    __matmul__ = apply
+
+    def apply_right(self, X: Array, /) -> Array:
+        """X M for X (..., r, n). 4 n k r flops."""
+        return self.apply(X.mT).mT
+
+    def inverse(self, method: str = "woodbury") -> LowRankPlusDiagonal:
         """diag(1/d) minus a correction of rank k, by "woodbury" or "sherman-morrison". 14 n k² flops.
 
         Such a difference is known to eps max(1/d): the backward error is of the order eps ‖M‖ max(‖M⁻¹‖, 1/d), and a
-        member is NaN where no digit of a diagonal entry of M⁻¹ is left. `blas` is as in `spd.inverse`, for "woodbury".
+        member is NaN where no digit of a diagonal entry of M⁻¹ is left.
 
         Raises:
             ValueError: an unknown method.
         """
-        b = self._backend()
-        _array.check_choice("method", method, _woodbury.METHODS)
-        _array.check_choice("blas", blas, _host.CHOICES)
-        native = partial(_woodbury.inverse, b, method)
-        if method != "woodbury":
-            return LowRankPlusDiagonal(*native(self.U, self.s, self.d))
-        return LowRankPlusDiagonal(*_host.run(b, blas, _woodbury.host_inverse, native, self.U, self.s, self.d))
+        _checks.check_choice("method", method, _woodbury.METHODS)
+        if method == "woodbury" and _capacitance.applies(self.U, self.s, self.d):
+            return LowRankPlusDiagonal(*_capacitance.inverse(self.U, self.s, self.d))
+        return LowRankPlusDiagonal(*_woodbury.inverse(self.U, self.s, self.d, method))
 
-    def solve(self, X: Any, *, blas: str = "auto") -> Any:
-        """M⁻¹ X for X (..., n, r): `inverse() @ X`, refined. 14 n k² + 28 n k r flops. `blas` is as in `inverse`.
+    def inverse_root(self, p: float) -> Array:
+        """M^(-1/p) (..., n, n) for p > 0, a dense array. About 9 n³ flops."""
+        return spd.inverse_root(self.to_dense(), p)
+
+    def shifted(self, shift: Scalar) -> LowRankPlusDiagonal:
+        """M + shift I for a number or a shift (...). n flops."""
+        return LowRankPlusDiagonal(self.U, self.s, self.d + _backends.per_member(shift, 1))
+
+    def solve(self, X: Array) -> Array:
+        """M⁻¹ X for X (..., n, r): `inverse() @ X`, refined. 14 n k² + 28 n k r flops.
 
         Each step of refinement takes a factor of about κ eps off the residual, κ = ‖M‖ max(‖M⁻¹‖, 1/d): three of them
-        make the solution backward stable up to κ = eps^(-3/4). NumPy stops where the next would be below eps.
+        make the solution backward stable up to κ = eps^(-3/4). Where values may be read it stops where the next would
+        be below eps.
         """
         b = self._backend()
         Y = self._operand(b, X)
-        Z = _host.run(b, blas, _host_solve, partial(_solve, "native"), self.U, self.s, self.d, Y)
-        return _array.narrowed(b, Z, X.dtype)
+        Z = _capacitance.solve(self.U, self.s, self.d, Y) if _capacitance.applies(self.U, self.s, self.d) else None
+        return _backends.narrowed(self._refined(Y) if Z is None else Z, X.dtype)
 
-    def logdet(self, *, blas: str = "auto") -> Any:
-        """log det M (...), from the pivots of the inverse. 14 n k² flops. `blas` is as in `inverse`."""
-        b = self._backend()
-        return _host.run(b, blas, _woodbury.host_logdet, partial(_woodbury.logdet, b), self.U, self.s, self.d)
+    def logdet(self) -> Array:
+        """log det M (...), from the pivots of the inverse. 14 n k² flops."""
+        one = _capacitance if _capacitance.applies(self.U, self.s, self.d) else _woodbury
+        return one.logdet(self.U, self.s, self.d)
 
-    def trace(self) -> Any:
+    def trace(self) -> Array:
         """Σ_j s_j ‖u_j‖² + Σ d (...). 3 n k flops."""
         return self._backend().xp.sum(self.diagonal(), axis=-1)
 
-    def diagonal(self) -> Any:
+    def diagonal(self) -> Array:
         """(U ∘ U) s + d (..., n). 3 n k flops."""
         return self._backend().xp.sum(self.U * self.U * self.s[..., None, :], axis=-1) + self.d
 
-    def to_dense(self) -> Any:
+    def to_dense(self) -> Array:
         """M (..., n, n), exactly symmetric. 2 n² k flops."""
-        return _linalg.symmetrised((self.U * self.s[..., None, :]) @ self.U.mT) + Diagonal(self.d).to_dense()
+        return _backends.symmetrised((self.U * self.s[..., None, :]) @ self.U.mT) + Diagonal(self.d).to_dense()
 
-    def _backend(self) -> _array.Backend:
-        return _array.resolve(U=self.U, s=self.s, d=self.d)
+    def _backend(self) -> _backends.Backend:
+        return _backends.resolve(U=self.U, s=self.s, d=self.d)
 
-    def _apply(self, X: Any) -> Any:
+    def _applied(self, X: Array) -> Array:
         return self.U @ (self.s[..., None] * (self.U.mT @ X)) + self.d[..., None] * X
+
+    def _refined(self, X: Array) -> Array:
+        b, inverse = self._backend(), self.inverse()
+        Z = inverse._applied(X)
+        for _ in range(_capacitance.REFINEMENTS):
+            step = inverse._applied(X - self._applied(Z))
+            Z = Z + step
+            if _backends.may_read(Z) and 0 not in Z.shape and _capacitance.is_refined(b, step, Z):
+                break
+        return Z
 
     def _batches(self) -> dict[str, tuple[int, ...]]:
         return {"U": self.U.shape[:-2], "s": self.s.shape[:-1], "d": self.d.shape[:-1]}
 
-    def _operand(self, b: _array.Backend, X: Any) -> Any:
-        Y = _array.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
-        _array.check_batches(**self._batches(), X=X.shape[:-2])
+    def _operand(self, b: _backends.Backend, X: Array) -> Array:
+        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+        _checks.check_batches(**self._batches(), X=X.shape[:-2])
         return Y
 
 
-def _host_solve(U: Any, s: Any, d: Any, X: Any) -> Any:
-    Z = _capacitance.solve(U, s, d, X) if (s > 0).all() else None
-    return _solve("auto", U, s, d, X) if Z is None else Z
-
-
-def _solve(blas: str, U: Any, s: Any, d: Any, X: Any) -> Any:
-    M = LowRankPlusDiagonal(U, s, d)
-    b = M._backend()
-    inverse = M.inverse(blas=blas)
-    Z = inverse._apply(X)
-    for _ in range(_capacitance.REFINEMENTS):
-        step = inverse._apply(X - M._apply(Z))
-        Z = Z + step
-        if b.kind == "numpy":
-            change, size = (abs(Y).max(axis=-2, initial=0.0) for Y in (step, Z))
-            if (change <= 0.1 * b.eps**0.5 * size).all():
-                break
-    return Z
-
-
 def low_rank(
-    M: Any, rank: int, /, *, iterations: int = 8, start: LowRankPlusDiagonal | None = None
+    M: Array, rank: int, /, *, iterations: int = 8, start: LowRankPlusDiagonal | None = None
 ) -> LowRankPlusDiagonal:
     """rank_k(M) = U diag(s) Uᵀ of the eigenpairs of (M + Mᵀ)/2 of the largest magnitude, in that order; d is zero.
 
@@ -156,12 +156,12 @@ def low_rank(
     array([-3.,  2.])
     """
     b = _check(M, rank, iterations, start)
-    U, s = _subspace.dominant_eigenpairs(b, _linalg.symmetrised(M), rank, iterations, start and start.U)
-    return LowRankPlusDiagonal(U, s, b.xp.zeros(U.shape[:-1], dtype=b.dtype, device=b.device))
+    U, s = _subspace.dominant_eigenpairs(b, _backends.symmetrised(M), rank, iterations, start and start.U)
+    return LowRankPlusDiagonal(U, s, b.zeros(*U.shape[:-1]))
 
 
 def low_rank_plus_diagonal(
-    M: Any, rank: int, /, *, iterations: int = 8, start: LowRankPlusDiagonal | None = None
+    M: Array, rank: int, /, *, iterations: int = 8, start: LowRankPlusDiagonal | None = None
 ) -> LowRankPlusDiagonal:
     """rank_k(M - diag M) + diag M, in as many flops as `low_rank`. M - diag M is indefinite: s may be negative.
 
@@ -175,25 +175,25 @@ def low_rank_plus_diagonal(
     """
     b = _check(M, rank, iterations, start)
     finite = b.xp.all(b.xp.isfinite(M), axis=(-2, -1))[..., None]
-    d = b.xp.where(finite, b.xp.linalg.diagonal(M), _array.NAN)
-    off_diagonal = b.xp.where(b.eye(M.shape[-1]) > 0, d[..., None] - d[..., None], _linalg.symmetrised(M))
+    d = b.xp.where(finite, b.xp.linalg.diagonal(M), _backends.NAN)
+    off_diagonal = b.xp.where(b.eye(M.shape[-1]) > 0, d[..., None] - d[..., None], _backends.symmetrised(M))
     U, s = _subspace.dominant_eigenpairs(b, off_diagonal, rank, iterations, start and start.U)
     return LowRankPlusDiagonal(U, s, d)
 
 
-def _check(M: Any, rank: int, iterations: int, start: LowRankPlusDiagonal | None) -> _array.Backend:
-    _array.resolve(M=M)
-    _array.check_square(M=M)
+def _check(M: Array, rank: int, iterations: int, start: LowRankPlusDiagonal | None) -> _backends.Backend:
+    _backends.resolve(M=M)
+    _checks.check_square(M=M)
     n = M.shape[-1]
     if not isinstance(rank, int) or not 0 <= rank <= n:
         raise ValueError(f"rank is {rank!r}, expected an integer from 0 to {n}, the size of M")
     if not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations is {iterations!r}, expected an integer >= 0")
     if start is None:
-        return _array.resolve(M=M)
+        return _backends.resolve(M=M)
     if not isinstance(start, LowRankPlusDiagonal):
         raise TypeError(f"start is a {type(start).__qualname__}, expected a LowRankPlusDiagonal")
-    b = _array.resolve(M=M, start=start.U)
-    _array.operand(b, "start", start.U, (n, rank))
-    _array.check_batches(M=M.shape[:-2], start=start.U.shape[:-2])
+    b = _backends.resolve(M=M, start=start.U)
+    _backends.operand(b, "start", start.U, (n, rank))
+    _checks.check_batches(M=M.shape[:-2], start=start.U.shape[:-2])
     return b

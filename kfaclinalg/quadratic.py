@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
-from . import _array, _linalg
+from . import _backends, _checks
 from ._typing import ArrayT, Scalar
 
 PARALLEL = 1e-10  # 1 - cos² below which a direction adds nothing to those before it
@@ -46,17 +46,17 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     >>> float(fit.coefficients[0]), float(fit.change)
     (0.5, -0.5)
     """
-    damping = _array.nonnegative("damping", damping)
-    b = _array.resolve(curvature_gram=curvature_gram, direction_gram=direction_gram, slopes=slopes)
+    damping = _checks.nonnegative("damping", damping)
+    b = _backends.resolve(curvature_gram=curvature_gram, direction_gram=direction_gram, slopes=slopes)
     k = slopes.shape[-1]
     for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
-        _array.operand(b, name, gram, (k, k))
-    Q = _linalg.symmetrised(_array.widest(curvature_gram) + _array.per_member(damping) * _array.widest(direction_gram))
-    slopes = _array.widest(slopes)
-    finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(slopes), axis=-1)
-    Q = b.xp.where(finite[..., None, None], Q, _array.NAN)  # the whole member is NaN then
-    fit = _line_searches(b, Q, slopes, max(PARALLEL, 10 * k * b.eps))
-    return QuadraticFit(*(_array.narrowed(b, x, b.dtype) for x in fit))
+        _backends.operand(b, name, gram, (k, k))
+    F, D, v = map(_backends.widest, (curvature_gram, direction_gram, slopes))
+    Q = _backends.symmetrised(F + _backends.per_member(damping) * D)
+    finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(v), axis=-1)
+    Q = _backends.kept(finite, Q)  # the whole member is NaN then
+    fit = _line_searches(b, Q, v, max(PARALLEL, 10 * k * b.eps))
+    return QuadraticFit(*(_backends.narrowed(x, b.dtype) for x in fit))
 
 
 def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], /) -> Any:
@@ -70,7 +70,7 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
     >>> inner_products([d], [d, e])
     array([[7., 4.]])
     """
-    b = _array.resolve(**{f"directions[0][{i}]": X for i, X in enumerate(directions[0])})
+    b = _backends.resolve(**{f"directions[0][{i}]": X for i, X in enumerate(directions[0])})
 
     def product(d: Sequence[Any], e: Sequence[Any]) -> Any:
         return reduce(add, (b.xp.sum(X * Y, dtype=b.widest) for X, Y in zip(d, e, strict=True)))
@@ -82,7 +82,7 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
     return b.xp.stack([b.xp.stack(row) for row in rows])
 
 
-def _line_searches(b: _array.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
+def _line_searches(b: _backends.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
     """The minimiser of ½ cᵀQc + slopesᵀc, by Gauss-Jordan elimination of Q c = -slopes.
 
     A pivot is the curvature along what is left of a direction beside those before it: each step is a line search.
@@ -121,7 +121,7 @@ def levenberg_marquardt(damping: float, ratio: float, /, *, omega: float) -> flo
     """
     if not 0 < omega <= 1:
         raise ValueError(f"omega is {omega}, expected a number in (0, 1]")
-    damping = float(_array.nonnegative("damping", damping))
+    damping = float(_checks.nonnegative("damping", damping))
     if ratio > 0.75:
         return omega * damping
     return damping if ratio >= 0.25 else damping / omega

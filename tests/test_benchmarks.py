@@ -28,7 +28,7 @@ def public():
     yield from (f"spd.{name}" for name, f in vars(kfaclinalg.spd).items() if _is_public(name, f, kfaclinalg.spd))
     for name in set(kfaclinalg.__all__) - RECORDS:
         thing = getattr(kfaclinalg, name)
-        if inspect.isfunction(thing):
+        if inspect.isfunction(thing) and thing is not kfaclinalg.show_config:
             yield name
         elif inspect.isclass(thing) and not issubclass(thing, tuple):
             yield from (f"{name}.{method}" for method, f in vars(thing).items() if _is_public(method, f))

@@ -134,7 +134,6 @@ def test_damping_and_roots_take_it_as_a_dense_matrix():
         (TypeError, lambda: CholeskyInverse([[1.0]]), "L is a builtins.list, expected an array"),
         (TypeError, lambda: CholeskyInverse(np.eye(2, dtype=int)), "L has dtype int64"),
         (ValueError, lambda: CholeskyInverse(np.eye(2)) @ np.ones((3, 1)), "X has shape"),
-        (ValueError, lambda: CholeskyInverse(np.eye(2)).apply(np.ones((2, 1)), blas="mkl"), "blas is 'mkl'"),
         (
             ValueError,
             lambda: CholeskyInverse(np.ones((2, 1, 1))) @ np.ones((3, 1, 1)),

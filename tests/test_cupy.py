@@ -15,7 +15,7 @@ from kfaclinalg import (
     Factors,
     Kronecker,
     LayerFactors,
-    _array,
+    _backends,
     batch_factors,
     block_diagonal_inverse,
     factored_tikhonov,
@@ -51,7 +51,7 @@ def matrices(*batch):
 
 def test_the_double_is_taken_for_cupy(cupy):
     x = cupy.asarray(np.eye(2))
-    b = _array.resolve(x=x)
+    b = _backends.resolve(x=x)
     assert b.kind == "cupy"
     assert b.xp.__name__ == "array_api_compat.cupy"
     assert b.device == cupy.cuda.Device(0)

@@ -82,24 +82,23 @@ def leaves(factors):
 
 
 @every_backend
-@pytest.mark.parametrize("blas", ["auto", "native"])
 @pytest.mark.parametrize("links", [False, True])
-def test_an_update_is_the_moving_average_with_the_batch(b, links, blas):
+def test_an_update_is_the_moving_average_with_the_batch(b, links):
     rng, N, sizes = np.random.default_rng(0), 7, [(3, 2), (70, 65), (1, 3)]
     first, second = (
         [[b.array(rng.standard_normal((N, k))) for k in side] for side in zip(*sizes, strict=True)] for _ in "12"
     )
     assert_same = np.testing.assert_array_equal
     for new, alone in zip(
-        leaves(update_factors(None, *first, decay=0.75, blas=blas)),
-        leaves(batch_factors(*first, blas=blas)),
+        leaves(update_factors(None, *first, decay=0.75)),
+        leaves(batch_factors(*first)),
         strict=True,
     ):
         assert_same(b.numpy(new), b.numpy(alone))
     old = batch_factors(*first, links=links)
     before = [b.numpy(x).copy() for x in leaves(old)]
     for decay in (0, 0.75, 1):
-        updated = b.jit(lambda *args: update_factors(*args, decay=decay, blas=blas))(old, *second)  # noqa: B023
+        updated = b.jit(lambda *args: update_factors(*args, decay=decay))(old, *second)  # noqa: B023
         expected = moving_average(old, batch_factors(*second, links=links), decay=decay)
         for x, y in zip(leaves(updated), leaves(expected), strict=True):
             np.testing.assert_allclose(b.numpy(x), b.numpy(y), atol=20 * N * b.eps)
@@ -158,7 +157,6 @@ OLD, LINKED = batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2, l
         (lambda: batch_factors([ONE[:, 0]], [ONE]), r"inputs\[0\] has shape \(2,\)"),
         (lambda: homogeneous(ONE[:, 0]), r"a has shape \(2,\), expected \(\.\.\., N, d\)"),
         (lambda: moving_average(None, Factors(()), decay=1.5), r"decay is 1.5, expected a number in \[0, 1\]"),
-        (lambda: batch_factors([ONE], [ONE], blas="mkl"), "blas is 'mkl', expected one of 'auto', 'native'"),
         (lambda: update_factors(OLD, [ONE], [ONE], decay=-0.5), r"decay is -0.5, expected a number in \[0, 1\]"),
         (lambda: update_factors(None, [ONE], [ONE], decay=1.5), "decay is 1.5"),
         (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import judge
 
-from kfaclinalg import LowRankPlusDiagonal, _array, _subspace, low_rank, low_rank_plus_diagonal, testing
+from kfaclinalg import LowRankPlusDiagonal, _backends, _subspace, low_rank, low_rank_plus_diagonal, testing
 
 # JAX compiles anew for every shape, and outside of jit for every operation.
 eager_and_jit = pytest.mark.parametrize("b", [*EAGER, JAX[-1], *GPU], ids=str)
@@ -149,10 +149,10 @@ def test_degenerate_matrices(b, M):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 24, 100, 500])
 def test_the_start_is_well_conditioned_and_the_same_everywhere(n):
-    X = _subspace._mixing(_array.resolve(M=np.eye(1)), n, n // 2 + 1)
+    X = _subspace._mixing(_backends.resolve(M=np.eye(1)), n, n // 2 + 1)
     assert np.linalg.cond(X) < 20
     assert abs(X).min() > 0
-    Y = _subspace._mixing(_array.resolve(M=torch.eye(1)), n, n // 2 + 1)
+    Y = _subspace._mixing(_backends.resolve(M=torch.eye(1)), n, n // 2 + 1)
     np.testing.assert_allclose(Y, X, atol=1e-5)
 
 

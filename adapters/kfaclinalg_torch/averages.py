@@ -12,8 +12,8 @@ from .statistics import Held
 class Averages:
     """A and G of each block by its name, and the links of a chain; a vector stands for a diagonal."""
 
-    def __init__(self, decay: float, blas: str) -> None:
-        self.decay, self.blas = decay, blas
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self.moments: dict[str, LayerFactors] = {}
         self.links: tuple[Link, ...] = ()
         self.taken = 0  #: statistics
@@ -32,7 +32,7 @@ class Averages:
         for name, layer in new.items():  # one after the other: no second copy of all of them
             old = Factors((self.moments[name],)) if name in self.moments else None
             if isinstance(layer, Held):
-                average = update_factors(old, [layer.a], [layer.g], decay=epsilon, blas=self.blas)
+                average = update_factors(old, [layer.a], [layer.g], decay=epsilon)
             else:
                 average = moving_average(old, Factors((layer,)), decay=epsilon)
             self.moments[name] = average.layers[0]

@@ -22,8 +22,8 @@ class ChainInverse(Inverses):
 
     keeps_uses = True
 
-    def __init__(self, norm: str, blas: str, layers: Sequence[Layer]) -> None:
-        super().__init__(partial(factored, norm=norm), blas)
+    def __init__(self, norm: str, layers: Sequence[Layer]) -> None:
+        super().__init__(partial(factored, norm=norm))
         self.norm, self.blocks = norm, [layer.dense for layer in layers if isinstance(layer.dense, Linear)]
         if odd := [layer.name for layer in layers if not isinstance(layer.dense, Linear)]:
             raise ValueError(
@@ -40,16 +40,16 @@ class ChainInverse(Inverses):
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         named, chain = dict(Vs), self.inverses.get("chain")
-        Us = named.values() if chain is None else chain.apply(tuple(named.values()), blas=self.blas)
+        Us = named.values() if chain is None else chain.apply(tuple(named.values()))
         yield from zip(named, Us, strict=True)
 
     def _whole(self, factors: Factors, damping: float) -> Any | None:
         for dtype, times in LADDER:
             wide = factors if dtype is None else _cast(factors, dtype)
-            inverse = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm, blas=self.blas)
+            inverse = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm)
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
-            if all(bool(torch.isfinite(U).all()) for U in inverse.apply(ones, blas=self.blas)):
+            if all(bool(torch.isfinite(U).all()) for U in inverse.apply(ones)):
                 return inverse
         return None
 

@@ -49,7 +49,7 @@ class Convolution(Dense):
         s = self._ungrouped(patches.rows(self.module, g), 2)
         return s.reshape(N, -1, *s.shape[2:])
 
-    def input_moment(self, x: Tensor, N: int, blas: str) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         bias, R = self.bias is not None, patches.positions(self.module, x)
         if self.module.groups == 1 and self.weight[0].numel() + bias > LARGEST:
             return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R

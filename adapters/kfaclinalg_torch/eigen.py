@@ -28,8 +28,8 @@ class EigenInverses(Inverses):
 
     keeps_uses = True
 
-    def __init__(self, build: Build, layers: Sequence[Layer], blas: str = "auto") -> None:
-        super().__init__(build, blas)
+    def __init__(self, build: Build, layers: Sequence[Layer]) -> None:
+        super().__init__(build)
         self.blocks = {layer.name: block for layer in layers if (block := layer.dense) is not None}
         self.squares: dict[str, Tensor] = {}
 

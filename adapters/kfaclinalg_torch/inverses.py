@@ -28,29 +28,29 @@ LADDER = ((None, 1), (torch.float64, 1), *((torch.float64, 10**k) for k in range
 TOLERATED = 2  # failures in a row
 
 
-def factored(layer: LayerFactors, damping: float, norm: str, blas: str = "auto", method: str = "explicit") -> Any:
+def factored(layer: LayerFactors, damping: float, norm: str, method: str = "explicit") -> Any:
     """(A + π γ I)⁻¹ ⊗ (G + γ/π I)⁻¹ with γ = √damping (Section 6.3)."""
-    return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, method=method, blas=blas).blocks[0]
+    return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, method=method).blocks[0]
 
 
-def exact(layer: LayerFactors, damping: float, norm: str, blas: str = "auto") -> Any:
+def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
     """(A ⊗ G + damping I)⁻¹ (eqn 6); factored where a side is diagonal, whose eigenvectors would be dense.
 
     A and G are moments: what rounding leaves below zero of their eigenvalues is zero.
     """
     if _structured(layer):
-        return factored(layer, damping, norm, blas)
+        return factored(layer, damping, norm)
     ample = 1 + Kronecker(*layer).trace().abs().max()  # the eigenvectors are the same for every shift
-    Q = Kronecker(*layer).shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0, blas=blas)
+    Q = Kronecker(*layer).shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0)
     a, g = (((M @ K) * K).sum(-2).clamp(min=0.0) for M, K in zip(layer, (Q.K_A, Q.K_B), strict=True))
     return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
 
 
-def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int, blas: str = "auto") -> Any:
+def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int) -> Any:
     """That of rank_k(A) and rank_k(G - diag G) + diag G; factored where a side is diagonal as it is."""
     if _structured(layer):
-        return factored(layer, damping, norm, blas)
-    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm, blas=blas).blocks[0]
+        return factored(layer, damping, norm)
+    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm).blocks[0]
 
 
 class Factored(NamedTuple):
@@ -65,8 +65,8 @@ class Inverses:
 
     keeps_uses = False  #: whether it takes more than A and G from a statistic
 
-    def __init__(self, build: Build, blas: str = "auto") -> None:
-        self.build, self.blas = build, blas
+    def __init__(self, build: Build) -> None:
+        self.build = build
         self.inverses: dict[str, Any] = {}
         self.failures: dict[str, int] = {}
 
@@ -95,7 +95,7 @@ class Inverses:
         for name, V in Vs:
             K = self.inverses.get(name)
             if isinstance(K, Kronecker | KroneckerBasis):
-                yield name, K.apply(V, blas=self.blas)
+                yield name, K.apply(V)
             else:
                 yield name, V if K is None else K @ V
 

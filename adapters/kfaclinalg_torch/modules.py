@@ -52,11 +52,11 @@ class Block(ABC):
         return A, G
 
     @abstractmethod
-    def input_moment(self, x: Tensor, N: int, blas: str) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         """Σ a aᵀ over all examples and positions, and the number of rows."""
 
     @abstractmethod
-    def output_moment(self, x: Tensor, g: Tensor, N: int, blas: str) -> Tensor:
+    def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         """Σ g gᵀ over all examples and positions."""
 
 
@@ -72,7 +72,7 @@ class Rows(Block):
         """Σ a over the positions of each example (N, ..., n), and how many they are."""
 
     @abstractmethod
-    def pooled_moment(self, a: Tensor, blas: str) -> Tensor:
+    def pooled_moment(self, a: Tensor) -> Tensor:
         """Σ a aᵀ of such rows, one an example."""
 
 
@@ -83,11 +83,11 @@ class Dense(Rows):
     def inputs(self, x: Tensor, N: int) -> Tensor:
         """a (N, R, ..., n)."""
 
-    def output_moment(self, x: Tensor, g: Tensor, N: int, blas: str) -> Tensor:
-        return second_moment(self.outputs(x, g, N).flatten(0, 1), blas)
+    def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        return second_moment(self.outputs(x, g, N).flatten(0, 1))
 
-    def pooled_moment(self, a: Tensor, blas: str) -> Tensor:
-        return second_moment(a, blas)
+    def pooled_moment(self, a: Tensor) -> Tensor:
+        return second_moment(a)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +126,9 @@ class Linear(Dense):
     def outputs(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         return g.reshape(N, -1, g.shape[-1])
 
-    def input_moment(self, x: Tensor, N: int, blas: str) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         a = self.inputs(x, N).flatten(0, 1)
-        return second_moment(a, blas), len(a)
+        return second_moment(a), len(a)
 
     def pooled_inputs(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         a = self.inputs(x, N)
@@ -153,12 +153,12 @@ class Embedding(Rows):
     def parts(self, like: Like, W: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(like(self.weight), W.mT)]
 
-    def input_moment(self, x: Tensor, N: int, blas: str) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         counts = self._counts(x, 1)[0]
         return counts, x.numel()
 
-    def output_moment(self, x: Tensor, g: Tensor, N: int, blas: str) -> Tensor:
-        return second_moment(self.outputs(x, g, N).flatten(0, 1), blas)
+    def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        return second_moment(self.outputs(x, g, N).flatten(0, 1))
 
     def outputs(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         g = g if self.padding is None else g * (x != self.padding)[..., None]
@@ -170,7 +170,7 @@ class Embedding(Rows):
     def pooled_inputs(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         return self._counts(x, N), x.numel() // N
 
-    def pooled_moment(self, a: Tensor, blas: str) -> Tensor:
+    def pooled_moment(self, a: Tensor) -> Tensor:
         return a.square().sum(0)
 
     def _counts(self, x: Tensor, N: int) -> Tensor:
@@ -183,8 +183,8 @@ class Embedding(Rows):
         return counts
 
 
-def second_moment(x: Tensor, blas: str) -> Tensor:
+def second_moment(x: Tensor) -> Tensor:
     """Σ x xᵀ over the rows of x (rows, ..., d): (..., d, d), exactly symmetric, or its diagonal where d is large."""
     if x.ndim == 2 and x.shape[1] > LARGEST:
         return x.square().sum(0)
-    return len(x) * kfaclinalg.second_moment(x.movedim(0, -2), blas=blas)
+    return len(x) * kfaclinalg.second_moment(x.movedim(0, -2))

@@ -38,13 +38,13 @@ class Scale(Block):
         """x̂ as the forward pass made it: the module's mode and statistics may be others later."""
         return normalised(self.module, x)
 
-    def input_moment(self, x: Tensor, N: int, blas: str) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
         return x.new_full((self.scale.numel(), 1, 1), N), N
 
-    def output_moment(self, x: Tensor, g: Tensor, N: int, blas: str) -> Tensor:
+    def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         scales, shifts = (self._by_channel(t, N).sum(1) for t in (g * x, g))
         v = torch.stack([scales, shifts][: len(self.parameters)], dim=-1)  # (N, channels, 2)
-        return second_moment(v, blas)
+        return second_moment(v)
 
     def _by_channel(self, x: Tensor, N: int) -> Tensor:
         """(N, R, channels)."""

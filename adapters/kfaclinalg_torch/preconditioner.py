@@ -72,9 +72,6 @@ class KFACPreconditioner:
         generator: the source of the sampled targets. None: one that is seeded from torch's global one.
         grad_scaler: the `torch.amp.GradScaler` that scales the loss, for the empirical estimator.
         factor_dtype: of A, G and the inverses, whatever the model's is.
-        blas: "auto" sends products and inverses on the CPU to NumPy's and SciPy's BLAS where a trial shows them to be
-            faster, "native" keeps to torch. The trial may end otherwise in another process, and with it the last bits:
-            several processes always take "native".
 
     Raises:
         ValueError: a wrong option, or nothing that can be preconditioned; it says what came and what was expected.
@@ -112,7 +109,6 @@ class KFACPreconditioner:
         generator: torch.Generator | None = None,
         grad_scaler: Any = None,
         factor_dtype: torch.dtype = torch.float32,
-        blas: str = "auto",
     ) -> None:
         check_options(
             estimator=estimator,
@@ -128,7 +124,6 @@ class KFACPreconditioner:
             samples=samples,
             pi_norm=pi_norm,
             factor_dtype=factor_dtype,
-            blas=blas,
         )
         check_together(estimator, likelihood, structure, exact_damping, rank)
         model = _unwrapped(model)
@@ -145,8 +140,8 @@ class KFACPreconditioner:
         self.grad_scaler, self.factor_dtype = grad_scaler, factor_dtype
         self.rejected = 0  #: statistics that held a NaN or an infinity
         self.generator = generator or new_generator(known.layers[0].parameters[0].device)
-        self._averages = Averages(decay, blas)
-        self._inverses = inverses_of(structure, exact_damping, rank, pi_norm, blas, inverse_period, known.layers)
+        self._averages = Averages(decay)
+        self._inverses = inverses_of(structure, exact_damping, rank, pi_norm, inverse_period, known.layers)
         self._steps = 0
         self._estimating = False
         self._begin()
@@ -250,7 +245,7 @@ class KFACPreconditioner:
         return alone | packed(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict` as if there had been no stop: bitwise, where `blas` chooses the same.
+        """Continue from a `state_dict` as if there had been no stop: bitwise, on one machine.
 
         Raises:
             ValueError: it belongs to a model with other layers, or to another structure.
@@ -279,9 +274,7 @@ class KFACPreconditioner:
     def _begin(self) -> None:
         """A new statistic, if this step takes one."""
         self._due = self._steps % at(self._steps, "statistics_period", self.statistics_period) == 0
-        self._statistic = Statistic(
-            self._blocks, self._sharing, self.factor_dtype, self._averages.blas, self._inverses.keeps_uses
-        )
+        self._statistic = Statistic(self._blocks, self._sharing, self.factor_dtype, self._inverses.keeps_uses)
         self._training: dict[Block, list[tuple[Use, Tensor]]] = {}
 
     def _keeps(self, use: Use) -> bool:

@@ -108,7 +108,7 @@ class NetworkProblem:
                 targets = self._sample(outputs.detach()) if sampled is None else next(sampled)
                 loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
                 g = torch.autograd.grad(loss, [use.outputs for use in used])
-            moments = batch_factors(list(self._inputs(used)), g, links=links, blas="native")
+            moments = batch_factors(list(self._inputs(used)), g, links=links)
             average = moving_average(average, moments, decay=seen / (seen + share))
             seen += share
         return average

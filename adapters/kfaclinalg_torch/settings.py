@@ -21,7 +21,6 @@ CHOICES: dict[str, Sequence[Any]] = {
     "reduction": ("mean", "sum"),
     "structure": ("block-diagonal", "eigen", "block-tridiagonal"),
     "pi_norm": ("trace", "frobenius", "spectral"),
-    "blas": ("auto", "native"),
     "factor_dtype": (torch.float32, torch.float64),
 }
 COUNTS = ("statistics_period", "inverse_period", "samples", "rank")
@@ -81,17 +80,16 @@ def inverses_of(
     exact_damping: bool,
     rank: int | None,
     norm: str,
-    blas: str,
     period: Period,
     layers: Sequence[Layer],
 ) -> Inverses:
     if structure == "block-tridiagonal":
-        return ChainInverse(norm, blas, layers)
+        return ChainInverse(norm, layers)
     if structure == "eigen":
-        return EigenInverses(partial(exact, norm=norm, blas=blas), layers, blas)
+        return EigenInverses(partial(exact, norm=norm), layers)
     if rank is not None:
-        return Inverses(partial(low_rank, norm=norm, rank=rank, blas=blas), blas)
+        return Inverses(partial(low_rank, norm=norm, rank=rank))
     if exact_damping:
-        return Inverses(partial(exact, norm=norm, blas=blas), blas)
+        return Inverses(partial(exact, norm=norm))
     method = "cholesky" if period == 1 else "explicit"  # what is applied once is not worth an inverse
-    return Inverses(partial(factored, norm=norm, blas=blas, method=method), blas)
+    return Inverses(partial(factored, norm=norm, method=method))

@@ -36,10 +36,8 @@ class Statistic:
     `uses` are kept where more than A and G is made of them.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, blas: str, keep: bool
-    ) -> None:
-        self._all, self.sharing, self.dtype, self.blas, self.keep = blocks, sharing, dtype, blas, keep
+    def __init__(self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool) -> None:
+        self._all, self.sharing, self.dtype, self.keep = blocks, sharing, dtype, keep
         self.sums: dict[Block, Sums] = {}
         self.uses: dict[tuple[int, int], list[tuple[Use, Tensor]]] = {}
         self._rows: dict[Any, tuple[Use, Tensor]] = {}
@@ -72,8 +70,8 @@ class Statistic:
             self._rows[block] = use, g
         else:
             self._fold(block)
-            A, rows = block.input_moment(x, N, self.blas) if draw == 0 else (0.0, 0)
-            self._sum(block, A, rows, block.output_moment(x, s, N, self.blas))
+            A, rows = block.input_moment(x, N) if draw == 0 else (0.0, 0)
+            self._sum(block, A, rows, block.output_moment(x, s, N))
 
     def moments(self, scale: float) -> dict[str, LayerFactors | Held]:
         """A and G of each block by its name, over all processes; a moment that is a vector is a diagonal.
@@ -86,8 +84,8 @@ class Statistic:
                 none = [M.to(self.dtype) for M in block.empty_moments()]
                 self._sum(block, none[0], 0, none[1])
         for (block, *_, draw), (a, g, positions) in self._pooled.items():
-            pooled, count = (block.pooled_moment(a / positions, self.blas), len(a)) if draw == 0 else (0.0, 0)
-            self._sum(block, pooled, count, second_moment(g, self.blas))
+            pooled, count = (block.pooled_moment(a / positions), len(a)) if draw == 0 else (0.0, 0)
+            self._sum(block, pooled, count, second_moment(g))
         self._pooled = {}
         blocks = sorted(self.sums, key=lambda block: block.name)
         sums = [self.sums[block] for block in blocks]
@@ -111,7 +109,7 @@ class Statistic:
         if block in self._rows:
             use, g = self._rows.pop(block)
             N, (x, s) = use.examples(), use.pair(g, self.dtype)
-            self._sum(block, *block.input_moment(x, N, self.blas), block.output_moment(x, s, N, self.blas))
+            self._sum(block, *block.input_moment(x, N), block.output_moment(x, s, N))
 
     def _sum(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
         old = self.sums.get(block)

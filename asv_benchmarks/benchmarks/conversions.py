@@ -3,7 +3,7 @@
 import numpy as np
 from array_api_compat import device, to_device
 
-from kfaclinalg import Diagonal, LowRankPlusDiagonal
+from kfaclinalg import Dense, Diagonal, LowRankPlusDiagonal
 
 from .dense import factor
 from .network_by_hand import blocks, tridiagonal
@@ -16,6 +16,7 @@ OPERATORS = {  # each with what it acts on
     "KroneckerBasis": basis,
     "KroneckerPair": pair,
     "CholeskyInverse": lambda new, n: (factor(new, n)[0], new.matrix(n, 1)),
+    "Dense": lambda new, n: (Dense(new.spd(n)), new.matrix(n, 1)),
     "Diagonal": lambda new, n: (Diagonal(new.positive(n)), new.matrix(n, 1)),
     "LowRankPlusDiagonal": lambda new, n: (
         LowRankPlusDiagonal(new.matrix(n, n // 8), new.positive(n // 8), new.positive(n)),

@@ -4,6 +4,7 @@ import numpy as np
 
 from kfaclinalg import (
     CholeskyInverse,
+    Dense,
     Diagonal,
     LowRankPlusDiagonal,
     assert_finite,
@@ -95,6 +96,28 @@ OPERATIONS = {
         mode="eager",
     ),
     **operations(
+        "Dense.",
+        lambda new, n: (Dense(new.spd(n)), new.matrix(n, n)),
+        {
+            "__matmul__": (lambda P, X: P @ X, lambda by, P, X: P.M @ X),
+            "apply": (lambda P, X: P.apply(X), lambda by, P, X: P.M @ X),
+            "apply_right": (lambda P, X: P.apply_right(X), lambda by, P, X: X @ P.M.mT),
+            "inverse": (lambda P, X: P.inverse(), lambda by, P, X: by.inverse(P.M)),
+            "solve": (lambda P, X: P.solve(X), lambda by, P, X: by.solve(P.M, X)),
+            "logdet": (lambda P, X: P.logdet(), lambda by, P, X: by.log_det(P.M)),
+            "shifted": (lambda P, X: P.shifted(1.0), lambda by, P, X: by.shifted(P.M, 1)),
+            "trace": (lambda P, X: P.trace(), lambda by, P, X: by.xp.diagonal(P.M).sum()),
+            "diagonal": (lambda P, X: P.diagonal(), lambda by, P, X: by.xp.diagonal(P.M)),
+            "to_dense": (lambda P, X: P.to_dense(), lambda by, P, X: P.M),
+        },
+    ),
+    "Dense.inverse_root": Operation(
+        lambda new, n: (Dense(new.spd(n)),),
+        lambda P: P.inverse_root(2),
+        lambda by, P: root(by, P.M),
+        (64, 256, 512),
+    ),
+    **operations(
         "CholeskyInverse.",
         factor,
         {
@@ -103,7 +126,12 @@ OPERATIONS = {
                 lambda P, X: P.apply(X),
                 lambda by, P, X: by.substitution(P.L, by.substitution(P.L, X), trans=1),
             ),
+            "apply_right": (
+                lambda P, X: P.apply_right(X),
+                lambda by, P, X: by.substitution(P.L, by.substitution(P.L, X.mT), trans=1).mT,
+            ),
             "inverse": (lambda P, X: P.inverse(), lambda by, P, X: P.L @ P.L.mT),
+            "shifted": (lambda P, X: P.shifted(1.0), lambda by, P, X: by.shifted(by.inverse_of_factor(P.L), 1)),
             "solve": (lambda P, X: P.solve(X), lambda by, P, X: P.L @ (P.L.mT @ X)),
             "logdet": (lambda P, X: P.logdet(), lambda by, P, X: -2 * by.xp.log(by.xp.diagonal(P.L)).sum()),
             "trace": (lambda P, X: P.trace(), lambda by, P, X: (triangular_inverse(by, P.L) ** 2).sum()),
@@ -111,11 +139,20 @@ OPERATIONS = {
             "to_dense": (lambda P, X: P.to_dense(), lambda by, P, X: by.inverse_of_factor(P.L)),
         },
     ),
+    "CholeskyInverse.inverse_root": Operation(
+        factor,
+        lambda P, X: P.inverse_root(2),
+        lambda by, P, X: root(by, by.inverse_of_factor(P.L)),
+        (64, 256, 512),
+    ),
     **operations(
         "Diagonal.",
         lambda new, n: (Diagonal(new.positive(n)), new.matrix(n, n)),
         {
             "__matmul__": (lambda D, X: D @ X, lambda by, D, X: D.d[:, None] * X),
+            "apply": (lambda D, X: D.apply(X), lambda by, D, X: D.d[:, None] * X),
+            "apply_right": (lambda D, X: D.apply_right(X), lambda by, D, X: X * D.d),
+            "shifted": (lambda D, X: D.shifted(1.0), lambda by, D, X: D.d + 1.0),
             "inverse": (lambda D, X: D.inverse(), lambda by, D, X: 1 / D.d),
             "inverse_root": (lambda D, X: D.inverse_root(2), lambda by, D, X: D.d**-0.5),
             "solve": (lambda D, X: D.solve(X), lambda by, D, X: X / D.d[:, None]),
@@ -135,6 +172,19 @@ OPERATIONS = {
             "__matmul__": (
                 lambda M, X: M @ X,
                 lambda by, M, X: M.U @ (M.s[:, None] * (M.U.mT @ X)) + M.d[:, None] * X,
+            ),
+            "apply": (
+                lambda M, X: M.apply(X),
+                lambda by, M, X: M.U @ (M.s[:, None] * (M.U.mT @ X)) + M.d[:, None] * X,
+            ),
+            "apply_right": (
+                lambda M, X: M.apply_right(X),
+                lambda by, M, X: ((X @ M.U) * M.s) @ M.U.mT + X * M.d,
+            ),
+            "shifted": (lambda M, X: M.shifted(1.0).d, lambda by, M, X: M.d + 1.0),
+            "inverse_root": (
+                lambda M, X: M.inverse_root(2),
+                lambda by, M, X: root(by, by.shifted((M.U * M.s) @ M.U.mT, M.d)),
             ),
             "inverse": (lambda M, X: M.inverse(), lambda by, M, X: woodbury(by, M)),
             "inverse sherman-morrison": (

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
-from kfaclinalg import KFACOptions, OuterProduct, _host, spd
+from kfaclinalg import KFACOptions, OuterProduct
 from kfaclinalg_torch import KFAC, Gaussian
 from kfaclinalg_torch.problem import Batch
 
@@ -276,26 +276,6 @@ def trained(steps=30, *, sizes=(4, 8, 2), N=256, **options):
     for _ in range(steps):
         optimizer.step(x, y)
     return nn.utils.parameters_to_vector(model.parameters()), optimizer
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-5])
-@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal"])
-def test_no_trial_of_a_blas_has_a_say(structure, weight_decay, monkeypatch):
-    """It could end otherwise in the process in which a run goes on."""
-
-    def trial(*_):
-        raise AssertionError("a trial was made")
-
-    monkeypatch.setattr(_host, "_pays", {})
-    monkeypatch.setattr(_host, "_trial", trial)
-    x, y = parity(N=8)
-    options = {"structure": structure, "weight_decay": weight_decay}
-    optimizer = KFAC(network(4, 16, 8, 2), "categorical", **options)
-    for _ in range(2):
-        optimizer.step(x, y)
-    assert not optimizer.info.refused
-    with pytest.raises(AssertionError, match="a trial was made"):
-        spd.inverse(torch.eye(3))
 
 
 @pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal"])

@@ -1,23 +1,24 @@
-"""The only door to array-api-compat: which namespace, dtype and device, and whether what came in fits together.
+"""The door: which namespace, dtype and device an array has, and whether what came in fits together.
 
-A public function resolves its arrays once to a `Backend` and passes that down. Shapes, dtypes and devices are checked
-here, at once, with the name, what came and what was expected; values are not looked at, save by `assert_finite`.
+A public function resolves its arrays once to a `Backend`. Dtypes, devices and shapes are checked here, at once, with
+the name, what came and what was expected; values are not looked at, save by `assert_finite`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from array_api_compat import numpy as numpy_namespace
 
-from ._typing import Device, DType, Namespace, Scalar
+from .._typing import Array, ArrayT, Device, DType, Namespace
 
 NAN = math.nan
+KINDS = ("torch", "jax", "cupy", "numpy")
 CAUSES = (
     "a matrix that is not positive definite to working precision (more damping, or float64, helps), "
     "NaN or infinity in what came in, or overflow."
@@ -35,7 +36,7 @@ class Backend(NamedTuple):
     """Where one public call computes."""
 
     xp: Namespace
-    kind: str  # "torch", "jax", "cupy", "numpy" or "other"
+    kind: str  # one of KINDS, or "other"
     dtype: DType
     device: Device
 
@@ -49,25 +50,34 @@ class Backend(NamedTuple):
         dtypes = self.xp.__array_namespace_info__().dtypes(kind="real floating", device=self.device)
         return dtypes.get("float64", self.dtype)
 
-    def eye(self, n: int) -> Any:
+    def eye(self, n: int) -> Array:
         return self.xp.eye(n, dtype=self.dtype, device=self.device)
 
+    def zeros(self, *shape: int) -> Array:
+        return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
 
-def resolve(**arrays: Any) -> Backend:
+
+def backend_of(x: Array) -> Backend:
+    """That of an array which has come through the door."""
+    xp, kind, place = _origin("x", x)
+    return Backend(xp, kind, x.dtype, place)
+
+
+def resolve(**arrays: Array) -> Backend:
     """The backend that all the arrays share; the error names the first that differs."""
     (first, x), *rest = arrays.items()
     xp, kind, place = _origin(first, x)
     if x.dtype not in (xp.float32, xp.float64):
         raise TypeError(f"{first} has dtype {x.dtype}, expected float32 or float64")
-    backend = Backend(xp, kind, x.dtype, place)
+    b = Backend(xp, kind, x.dtype, place)
     for name, y in rest:
-        _same_place(backend, name, y)
+        _same_place(b, name, y)
         if y.dtype != x.dtype:
             raise TypeError(f"{name} has dtype {y.dtype}, expected {x.dtype}, the dtype of {first}")
-    return backend
+    return b
 
 
-def operand(b: Backend, name: str, x: Any, core: tuple[int, ...]) -> Any:
+def operand(b: Backend, name: str, x: Array, core: tuple[int, ...]) -> Array:
     """`x` (..., *core) in the backend's dtype: float16 and bfloat16 are widened, anything else must fit."""
     _same_place(b, name, x)
     half = x.dtype != b.dtype and str(x.dtype).rpartition(".")[2] in ("float16", "bfloat16")
@@ -78,15 +88,21 @@ def operand(b: Backend, name: str, x: Any, core: tuple[int, ...]) -> Any:
     return b.xp.astype(x, b.dtype) if half else x
 
 
-def narrowed(b: Backend, x: Any, dtype: DType) -> Any:
+def narrowed(x: ArrayT, dtype: DType) -> ArrayT:
     """`x` in the dtype that the caller's array came in."""
-    return x if x.dtype == dtype else b.xp.astype(x, dtype)
+    return x if x.dtype == dtype else backend_of(x).xp.astype(x, dtype)
 
 
-def widest(x: Any) -> Any:
+def widest(x: Array) -> Array:
     """`x` in the dtype in which scalars accumulate."""
     b = resolve(x=x)
-    return narrowed(b, x, b.widest)
+    return narrowed(x, b.widest)
+
+
+def kind_of(x: object) -> str:
+    """One of KINDS, or "other"."""
+    known = _known.get(type(x))
+    return known[1] if known else _origin("x", x)[1]
 
 
 def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
@@ -98,17 +114,17 @@ def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
     except TypeError as error:
         raise TypeError(f"{name} is a {_class(x)}, expected an array (NumPy, CuPy, torch, JAX, ...)") from error
     parts = xp.__name__.split(".")
-    kind = next((kind for kind in ("torch", "jax", "cupy", "numpy") if kind in parts), "other")
+    kind = next((kind for kind in KINDS if kind in parts), "other")
     if _class(x) == "torch.Tensor":
         _known[type(x)] = xp, kind
     return xp, kind, device(x)
 
 
-def _class(x: Any) -> str:
+def _class(x: object) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
-def _same_place(b: Backend, name: str, x: Any) -> None:
+def _same_place(b: Backend, name: str, x: Array) -> None:
     xp, _, place = _origin(name, x)
     if xp is not b.xp:
         raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as the others are")
@@ -116,64 +132,13 @@ def _same_place(b: Backend, name: str, x: Any) -> None:
         raise ValueError(f"{name} is on device {place}, expected {b.device}, as the others are")
 
 
-def check_square(**arrays: Any) -> None:
-    for name, x in arrays.items():
-        if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., n, n)")
-
-
-def check_batches(**shapes: tuple[int, ...]) -> None:
-    """The batch shapes must broadcast against each other."""
-    if not any(shapes.values()):
-        return
-    for (first, a), (name, c) in combinations(shapes.items(), 2):
-        if any(i != j and 1 not in (i, j) for i, j in zip(reversed(a), reversed(c), strict=False)):
-            raise ValueError(f"{name} has batch shape {tuple(c)}, which does not broadcast with {tuple(a)} of {first}")
-
-
-def common_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(np.broadcast_shapes(*(tuple(shape) for shape in shapes)))
-
-
-def nonnegative(name: str, x: Scalar) -> Any:
-    """A damping: a Python number is checked and becomes a float; an array is left as it is, its values unseen."""
-    if isinstance(x, int | float | np.number):
-        if not 0 <= x < math.inf:
-            raise ValueError(f"{name} is {x}, expected a finite number >= 0")
-        return float(x)
-    return x
-
-
-def check_positive(name: str, x: float) -> None:
-    if not x > 0:
-        raise ValueError(f"{name} is {x}, expected a number > 0")
-
-
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-
-
-def per_member(x: Any) -> Any:
-    """A scalar of each member (...), shaped (..., 1, 1) so that it multiplies matrices; a Python number as it is."""
-    return x if isinstance(x, float) else x[..., None, None]
-
-
-def add_to_diagonal(b: Backend, M: Any, shift: Any) -> Any:
-    """M + shift I for a shift (...), without the I where the backend has a way."""
-    if b.kind != "torch":
-        return M + shift[..., None, None] * b.eye(M.shape[-1])
-    d = b.xp.linalg.diagonal(M) + shift[..., None]
-    return b.xp.diagonal_scatter(b.xp.broadcast_to(M, (*d.shape, d.shape[-1])), d, dim1=-2, dim2=-1)
-
-
-def all_finite(arrays: Sequence[Any]) -> bool:
+def all_finite(arrays: Sequence[Array]) -> bool:
     """No entry of any array, none of them empty, is NaN or infinite. It waits for the device, once."""
     xp = resolve(x=arrays[0]).xp
     return bool(xp.all(xp.isfinite(xp.stack([f(x) for x in arrays for f in (xp.min, xp.max)]))))  # a NaN is both
 
 
-def assert_finite(x: Any, name: str) -> None:
+def assert_finite(x: Array, name: str) -> None:
     """Raise a LinAlgError where `x` (..., m, n), named `name` in the message, holds a NaN or an infinity.
 
     The one place that waits for the device: elsewhere a failure stays NaN.
@@ -186,12 +151,13 @@ def assert_finite(x: Any, name: str) -> None:
     xp = resolve(**{name: x}).xp
     finite = xp.all(xp.isfinite(x), axis=tuple(range(-min(x.ndim, 2), 0)))
     if not bool(xp.all(finite)):
-        first = next(index for index in np.ndindex(*finite.shape) if not bool(finite[index]))
+        indices = product(*map(range, finite.shape))
+        first = next(index for index in indices if not bool(finite[index]))
         member = f" in batch member {first}" if first else ""
         raise LinAlgError(f"{name} is not finite{member}. Likely causes: {CAUSES}")
 
 
-def picked(x: Any, indices: Sequence[int]) -> Any:
+def picked(x: Array, indices: Sequence[int]) -> Array:
     """x[i, j, ...] for i, j, ... in `indices` alone, on every axis."""
     b = resolve(x=x)
     along = b.xp.asarray(indices, device=b.device)

@@ -4,20 +4,20 @@ import torch
 from backends import NUMPY, STRICT, TORCH, every_backend
 
 import kfaclinalg
-from kfaclinalg import _array
+from kfaclinalg import _backends, _checks
 
 
 @every_backend
 def test_resolve_finds_the_backend(b):
     x = b.array(np.ones(2))
-    found = _array.resolve(x=x)
+    found = _backends.resolve(x=x)
     assert found.dtype == x.dtype
     assert found.eps == b.eps
     assert b.numpy(found.eye(2)).tolist() == [[1, 0], [0, 1]]
 
 
 def test_the_widest_dtype_is_that_of_the_device():
-    widest = {b.name: str(_array.resolve(x=b.array(np.ones(1))).widest) for b in [NUMPY, TORCH, *STRICT]}
+    widest = {b.name: str(_backends.resolve(x=b.array(np.ones(1))).widest) for b in [NUMPY, TORCH, *STRICT]}
     assert "float64" in widest["numpy"]
     assert widest["torch"] == "torch.float64"
     assert "float32" in widest["strict-no_float64"]
@@ -31,30 +31,30 @@ def test_what_differs_is_named():
         torch.ones(1, device="meta"),
     )
     with pytest.raises(TypeError, match="B has dtype float32, expected float64, the dtype of A"):
-        _array.resolve(A=np.ones(1), B=numpy32)
+        _backends.resolve(A=np.ones(1), B=numpy32)
     with pytest.raises(TypeError, match=r"B is an array of array_api_compat\.torch, expected one of"):
-        _array.resolve(A=np.ones(1), B=torch64)
+        _backends.resolve(A=np.ones(1), B=torch64)
     with pytest.raises(ValueError, match="B is on device meta, expected cpu"):
-        _array.resolve(A=torch.ones(1), B=meta)
+        _backends.resolve(A=torch.ones(1), B=meta)
     with pytest.raises(TypeError, match=r"A is a builtins\.NoneType, expected an array"):
-        _array.resolve(A=None)
+        _backends.resolve(A=None)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), np.float64(-1), np.float32(-1)])
 def test_a_bad_damping_is_refused(value):
     with pytest.raises(ValueError, match=r"gamma is .*, expected a finite number >= 0"):
-        _array.nonnegative("gamma", value)
+        _checks.nonnegative("gamma", value)
 
 
 def test_numpy_scalars_are_python_numbers():
-    assert type(_array.nonnegative("gamma", np.float64(2))) is float
-    assert type(_array.nonnegative("gamma", np.float32(2))) is float
+    assert type(_checks.nonnegative("gamma", np.float64(2))) is float
+    assert type(_checks.nonnegative("gamma", np.float32(2))) is float
 
 
 def test_batches_that_do_not_broadcast_are_named():
-    _array.check_batches(A=(2, 1), B=(3,), V=(4, 2, 3))
+    _checks.check_batches(A=(2, 1), B=(3,), V=(4, 2, 3))
     with pytest.raises(ValueError, match=r"V has batch shape \(4,\), which does not broadcast with \(3,\) of B"):
-        _array.check_batches(A=(1,), B=(3,), V=(4,))
+        _checks.check_batches(A=(1,), B=(3,), V=(4,))
 
 
 @every_backend
@@ -78,4 +78,4 @@ def test_both_habits_catch_linalgerror():
 @every_backend
 def test_picked(b):
     x = np.arange(9.0).reshape(3, 3)
-    np.testing.assert_array_equal(b.numpy(_array.picked(b.array(x), [2, 0])), x[np.ix_([2, 0], [2, 0])])
+    np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x), [2, 0])), x[np.ix_([2, 0], [2, 0])])

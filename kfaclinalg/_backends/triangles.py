@@ -1,39 +1,26 @@
-"""SciPy's BLAS on single matrices of a CPU, where one half of a symmetric matrix stands for the whole.
+"""Triangles of single matrices on a CPU: one half of a symmetric matrix stands for the whole, and is read below.
 
-Triangles are read and written below; results lie in the order of LAPACK.
+Results lie in the order of LAPACK.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import numpy as np
-from scipy.linalg import blas
+from numpy.typing import NDArray
+
+Matrix: TypeAlias = NDArray[np.floating[Any]]
 
 # Rows at once where a matrix meets its transpose. A copy of a block is read by columns, not the matrix itself: columns
 # of a matrix whose size is a power of two lie in few lines of a cache, and drive each other out.
 BLOCK = 80
 
 
-def moment(x: Any) -> Any:
-    """xᵀx / N for x (N, n), exactly symmetric."""
-    return mirrored(_rank_n(x, 1 / len(x)))
-
-
-def updated(decay: float, C: Any, x: Any) -> Any:
-    """decay C + (1 - decay) xᵀx / N, exactly symmetric, for symmetric C."""
-    X = np.multiply(C.T, decay, order="F")
-    return mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
-
-
-def _rank_n(x: Any, alpha: float, **options: Any) -> Any:
-    """alpha xᵀx, the lower triangle, added to c where there is one."""
-    a, trans = (x, 1) if x.flags.f_contiguous else (x.T, 0)  # in the order that BLAS reads
-    return routine(blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
-
-
-def lower_half(M: Any) -> Any:
+def lower_half(M: Matrix) -> Matrix:
     """A copy in LAPACK's order whose lower triangle is that of (M + Mᵀ)/2, with anything above it."""
     X = 0.5 * M  # halved first: the sum of two large entries may overflow
     if len(M) <= BLOCK:
@@ -45,7 +32,7 @@ def lower_half(M: Any) -> Any:
     return X.T
 
 
-def mirrored(X: Any) -> Any:
+def mirrored(X: Matrix) -> Matrix:
     """The symmetric matrix whose lower triangle is that of X, in the place of X."""
     Y = X.T  # its rows lie together
     for i in range(0, len(Y), BLOCK):
@@ -56,7 +43,7 @@ def mirrored(X: Any) -> Any:
     return Y
 
 
-def cleaned(L: Any) -> Any:
+def cleaned(L: Matrix) -> Matrix:
     """L, in its place, with zeros above the diagonal: LAPACK's wrappers write them by rows, which lie apart."""
     for i in range(0, len(L), BLOCK):
         columns = slice(i, i + BLOCK)
@@ -67,9 +54,10 @@ def cleaned(L: Any) -> Any:
 
 
 @lru_cache
-def _above(n: int) -> Any:
+def _above(n: int) -> Matrix:
     return ~np.tri(n, dtype=bool)
 
 
-def routine(library: Any, x: Any, name: str) -> Any:
+def of_dtype(library: ModuleType, x: Matrix, name: str) -> Callable[..., Any]:
+    """BLAS's or LAPACK's routine of this name for the dtype of x."""
     return getattr(library, {"f": "s", "d": "d"}[x.dtype.char] + name)

@@ -1,0 +1,96 @@
+"""The cellar: all that knows array-api-compat, NumPy, SciPy, a backend, BLAS or LAPACK.
+
+`door` says which backend an array has, `routines` and `composed` compute, `home` holds the rule for torch's CPU. Each
+routine has one body in the array API's terms; another one stands here where a measurement shows that it pays:
+
+| routine | single matrices: of NumPy, and of torch's CPU by the rule of `home` | torch | JAX | CuPy | NumPy's batches |
+|---|---|---|---|---|---|
+| product, moment, updated_moment | x | | | | |
+| shifted | | x | | | |
+| cholesky, inverse, solve, general_inverse, completed | x | x | | | |
+| inverse_of_factor | | x | | | |
+| forward_substitution, back_substitution | x | x | x | x | x |
+| substituted, inverse_root, logdet, eigh, log_abs_det, pencil | x | | | | |
+"""
+
+from .composed import completed, conditional, left_singular, pencil
+from .config import show_config
+from .door import (
+    NAN,
+    Backend,
+    LinAlgError,
+    all_finite,
+    assert_finite,
+    backend_of,
+    narrowed,
+    operand,
+    picked,
+    resolve,
+    widest,
+)
+from .home import may_read
+from .members import kept, per_member, reciprocal, symmetrised
+from .routines import (
+    back_substitution,
+    cholesky,
+    eigh,
+    forward_substitution,
+    general_inverse,
+    inverse,
+    inverse_of_factor,
+    inverse_root,
+    kron,
+    log_abs_det,
+    logdet,
+    moment,
+    nonsingular,
+    product,
+    shifted,
+    solve,
+    substituted,
+    updated_moment,
+)
+from .stacking import each
+
+__all__ = [
+    "NAN",
+    "Backend",
+    "LinAlgError",
+    "all_finite",
+    "assert_finite",
+    "back_substitution",
+    "backend_of",
+    "cholesky",
+    "completed",
+    "conditional",
+    "each",
+    "eigh",
+    "forward_substitution",
+    "general_inverse",
+    "inverse",
+    "inverse_of_factor",
+    "inverse_root",
+    "kept",
+    "kron",
+    "left_singular",
+    "log_abs_det",
+    "logdet",
+    "may_read",
+    "moment",
+    "narrowed",
+    "nonsingular",
+    "operand",
+    "pencil",
+    "per_member",
+    "picked",
+    "product",
+    "reciprocal",
+    "resolve",
+    "shifted",
+    "show_config",
+    "solve",
+    "substituted",
+    "symmetrised",
+    "updated_moment",
+    "widest",
+]

@@ -1,0 +1,137 @@
+"""Who computes with single matrices of torch's CPU: torch, or SciPy's BLAS and LAPACK on the same memory.
+
+The rule, decided once a process: a symmetric rank-N product, which torch does not have, goes to BLAS; everything else
+goes to SciPy only where torch's BLAS is MKL and the processor is not Intel's, on which MKL takes slower kernels. With
+KFACLINALG_BLAS=native in the environment all of it stays in torch. So does whatever asks for more than values: a
+derivative, a transformation, a trace, a subclass, several processes. Each library has its own number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any
+
+import numpy as np
+
+from .door import kind_of
+from .processor import is_intel
+
+Body = Callable[..., Any]
+WATCHERS = ("FuncTorchDynamicLayerFrontMode", "Python")  # torch.func, a TorchDispatchMode
+
+
+@cache
+def is_native() -> bool:
+    """Whether the environment keeps torch's tensors in torch."""
+    asked = os.environ.get("KFACLINALG_BLAS", "auto")
+    if asked not in ("auto", "native"):
+        raise ValueError(f"the environment variable KFACLINALG_BLAS is {asked!r}, expected 'auto' or 'native'")
+    return asked == "native"
+
+
+def rank_n_goes_to_blas() -> bool:
+    """The rule for symmetric rank-N products."""
+    return not is_native()
+
+
+@cache
+def goes_to_scipy() -> bool:
+    """The rule for everything else."""
+    import torch
+
+    mkl: Any = torch.backends.mkl
+    return not is_native() and mkl.is_available() and not is_intel()
+
+
+def routine(
+    *, single: Body | None = None, rule: Callable[[], bool] = goes_to_scipy, **own: Body
+) -> Callable[[Body], Body]:
+    """The body below, or another one in its place: the backend's own, or `single` for single matrices of a CPU.
+
+    `single` takes floats and NumPy arrays of at most two dimensions, none of them empty, and changes none. It returns
+    an array or several.
+    """
+
+    def chosen(standard: Body) -> Body:
+        @wraps(standard)
+        def run(*args: Any) -> Any:
+            kind = kind_of(args[0])
+            if single is not None:
+                if kind == "numpy" and _are_single(args):
+                    return single(*args)
+                if kind == "torch" and (views := _views(args, rule)) is not None:
+                    with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
+                        return _returned(single(*views))
+            return own.get(kind, standard)(*args)
+
+        run.bodies = {*own, *(("single",) if single else ())}  # type: ignore[attr-defined]
+        return run
+
+    return chosen
+
+
+def is_watched() -> bool:
+    """Whether operations of torch themselves are asked for, by `torch.func`, a trace or a TorchDispatchMode.
+
+    No public function tells of the first and the last.
+    """
+    import torch
+
+    keys = torch._C._dispatch_tls_local_include_set()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or any(keys.has(getattr(torch._C.DispatchKey, name)) for name in WATCHERS)
+
+
+def may_read(x: Any) -> bool:
+    """Whether values of x may decide what comes next: no device is waited for, and they are all that is asked for."""
+    kind = kind_of(x)
+    return kind == "numpy" or (kind == "torch" and _views([x], lambda: True) is not None)
+
+
+def _returned(result: Any) -> Any:
+    import torch
+
+    if type(result) is tuple:
+        return tuple(torch.from_numpy(x) for x in result)
+    return torch.from_numpy(np.asarray(result))
+
+
+def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
+    """NumPy's views of torch's tensors, None where `rule` says no or anything but values is asked for."""
+    import torch
+
+    if (
+        torch.compiler.is_compiling()
+        or not rule()
+        or is_watched()
+        or (torch.distributed.is_available() and torch.distributed.is_initialized())  # machines may differ
+    ):
+        return None
+    recording = torch.is_grad_enabled()
+    forward_ad: Any = torch.autograd.forward_ad
+    views: list[Any] = []
+    for x in args:
+        if isinstance(x, float):
+            views.append(x)
+        elif (
+            type(x) is not torch.Tensor
+            or not x.is_cpu
+            or x.ndim > 2
+            or x.numel() == 0
+            or (recording and x.requires_grad)
+            or forward_ad.unpack_dual(x).tangent is not None
+        ):
+            return None
+        else:
+            try:
+                views.append(x.numpy() if recording else x.detach().numpy())
+            except (RuntimeError, TypeError):  # no storage inside a transformation, sparse, minus the values it holds
+                return None
+    return views
+
+
+def _are_single(args: Sequence[Any]) -> bool:
+    numbers = float, np.generic
+    return all(isinstance(x, numbers) or (type(x) is np.ndarray and x.ndim <= 2 and 0 not in x.shape) for x in args)

@@ -1,0 +1,169 @@
+"""The bodies of routines for single NumPy matrices, by SciPy's BLAS and LAPACK in place. What fails is NaN."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from operator import matmul
+from typing import Any
+
+import numpy as np
+from scipy.linalg import blas, lapack
+
+from .door import NAN
+from .processor import is_intel
+from .triangles import BLOCK, Matrix, cleaned, lower_half, mirrored, of_dtype
+
+
+def product(*Ms: Matrix) -> Matrix:
+    """M_1 M_2 ..., from the left."""
+    return reduce(matmul, Ms)
+
+
+def moment(x: Matrix) -> Matrix:
+    """xᵀx / N for x (N, n), exactly symmetric."""
+    return mirrored(_rank_n(x, 1 / len(x)))
+
+
+def updated_moment(C: Matrix, x: Matrix, decay: float) -> Matrix:
+    """decay C + (1 - decay) xᵀx / N, exactly symmetric, for symmetric C."""
+    X = np.multiply(C.T, decay, order="F")
+    return mirrored(_rank_n(x, (1 - decay) / len(x), beta=1, c=X, overwrite_c=1))
+
+
+def _rank_n(x: Matrix, alpha: float, **options: Any) -> Matrix:
+    """alpha xᵀx, the lower triangle, added to c where there is one."""
+    a, trans = (x, 1) if x.flags.f_contiguous else (x.T, 0)  # in the order that BLAS reads
+    return of_dtype(blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
+
+
+def cholesky(M: Matrix) -> Matrix:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2."""
+    L = factor(M)
+    return np.full_like(M, NAN) if L is None else cleaned(L)
+
+
+def factor(M: Matrix) -> Matrix | None:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2, with anything above it; None where there is none."""
+    L, info = of_dtype(lapack, M, "potrf")(lower_half(M), lower=1, clean=0, overwrite_a=1)
+    return L if info == 0 and math.isfinite(L.trace()) else None
+
+
+def forward_substitution(L: Matrix, X: Matrix) -> Matrix:
+    """L⁻¹ X."""
+    return of_dtype(lapack, L, "trtrs")(L, X, lower=True)[0]
+
+
+def back_substitution(L: Matrix, X: Matrix) -> Matrix:
+    """L⁻ᵀ X."""
+    return of_dtype(lapack, L, "trtrs")(L, X, lower=True, trans=1)[0]
+
+
+def inverse(M: Matrix) -> Matrix:
+    """((M + Mᵀ)/2)⁻¹, exactly symmetric."""
+    L = factor(M)
+    if L is None:
+        return np.full_like(M, NAN)
+    if is_intel() or len(L) <= BLOCK:
+        return mirrored(of_dtype(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
+    return mirrored(of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0])
+
+
+def invert_by_halves(L: Matrix) -> None:
+    """L⁻¹ in the place of lower L: all products are of matrices, which few of those of `trtri` are."""
+    n, h = len(L), len(L) // 2
+    trmm, trsm = of_dtype(blas, L, "trmm"), of_dtype(blas, L, "trsm")
+    if n <= 2 * BLOCK:
+        L[:] = trsm(1.0, L, np.eye(n, dtype=L.dtype, order="F"), lower=1, overwrite_b=1)
+        return
+    invert_by_halves(L[:h, :h])
+    L[h:, :h] = trsm(-1.0, L[h:, h:], trmm(1.0, L[:h, :h], L[h:, :h], side=1, lower=1), lower=1, overwrite_b=1)
+    invert_by_halves(L[h:, h:])
+
+
+def solve(M: Matrix, X: Matrix) -> Matrix:
+    """((M + Mᵀ)/2)⁻¹ X."""
+    L = factor(M)
+    return np.full_like(X, NAN) if L is None else _substituted(L, X)
+
+
+def substituted(L: Matrix, X: Matrix) -> Matrix:
+    """(L Lᵀ)⁻¹ X."""
+    d = np.diagonal(L)
+    return _substituted(L, X) if np.isfinite(d).all() and d.all() else np.full_like(X, NAN)
+
+
+def _substituted(L: Matrix, X: Matrix) -> Matrix:
+    """(L Lᵀ)⁻¹ X, from the side on which neither L nor X is copied into another order."""
+    C, lower = (L, 1) if L.flags.f_contiguous else (L.T, 0)
+    if X.flags.f_contiguous or not X.flags.c_contiguous:
+        return of_dtype(lapack, L, "potrs")(C, X, lower=lower)[0]
+    Y = X.copy().T
+    for trans in (lower, 1 - lower):
+        Y = of_dtype(blas, L, "trsm")(1.0, C, Y, side=1, lower=lower, trans_a=trans, overwrite_b=1)
+    return Y.T
+
+
+def logdet(M: Matrix) -> Matrix:
+    """log det((M + Mᵀ)/2)."""
+    L = factor(M)
+    return np.asarray(NAN if L is None else 2 * np.sum(np.log(L.diagonal())), dtype=M.dtype)
+
+
+def eigh(M: Matrix) -> tuple[Matrix, Matrix]:
+    """w and Q with (M + Mᵀ)/2 = Q diag(w) Qᵀ."""
+    return _syevd(lower_half(M))
+
+
+def inverse_root(M: Matrix, p: float) -> Matrix:
+    """((M + Mᵀ)/2)^(-1/p), exactly symmetric."""
+    w, Q = eigh(M)
+    if not (w > 0).all():
+        return _nan(M, M.shape)
+    return mirrored(of_dtype(blas, M, "syrk")(1.0, Q * w ** (-0.5 / p), lower=1))
+
+
+def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
+    """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric."""
+    X, Y = lower_half(M), lower_half(N)
+    if not (np.isfinite(X).all() and np.isfinite(Y).all()):
+        return _nan(M, M.shape), _nan(M, M.shape[:1])
+    s, K, info = of_dtype(lapack, M, "sygvd")(Y, X, uplo="L", overwrite_a=1, overwrite_b=1)
+    return (K, s) if info == 0 and np.isfinite(s).all() else (_nan(M, M.shape), _nan(M, M.shape[:1]))
+
+
+def general_inverse(K: Matrix) -> Matrix:
+    """K⁻¹ for any square K."""
+    X, pivots, info = of_dtype(lapack, K, "getrf")(K.T)
+    if info == 0 and np.isfinite(X).all():
+        X, info = of_dtype(lapack, K, "getri")(X, pivots, lwork=64 * len(K), overwrite_lu=1)
+    return X.T if info == 0 and np.isfinite(X).all() else _nan(K, K.shape)
+
+
+def log_abs_det(K: Matrix) -> Matrix:
+    """log|det K| for any square K."""
+    X, _, info = of_dtype(lapack, K, "getrf")(K.T)
+    finite = info == 0 and np.isfinite(X).all()
+    return np.asarray(np.sum(np.log(abs(X.diagonal()))) if finite else NAN, dtype=K.dtype)
+
+
+def completed(X: Matrix) -> Matrix:
+    """Orthogonal E (n, n) whose first k columns span those of X (n, k), k <= n."""
+    n, k = X.shape
+    E = np.empty((n, n), dtype=X.dtype, order="F")
+    E[:, :k], tau, _, _ = of_dtype(lapack, X, "geqrf")(X, lwork=64 * k)
+    return of_dtype(lapack, X, "orgqr")(E, tau, lwork=64 * n, overwrite_a=1)[0]
+
+
+def _syevd(X: Matrix) -> tuple[Matrix, Matrix]:
+    """Eigenvalues and eigenvectors of the symmetric matrix with the lower triangle of X, in the place of X."""
+    if np.isfinite(X).all():
+        w, Q, info = of_dtype(lapack, X, "syevd")(X, lower=1, overwrite_a=1)
+        if info == 0:
+            return w, Q
+    return _nan(X, X.shape[:1]), _nan(X, X.shape)
+
+
+def _nan(like: Matrix, shape: tuple[int, ...]) -> Matrix:
+    return np.full(shape, NAN, dtype=like.dtype)
