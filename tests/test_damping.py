@@ -40,7 +40,7 @@ def test_damped_factors(b, norm):
 def test_an_inverted_pi_is_caught(monkeypatch):
     monkeypatch.setattr(damping, "_pi", lambda *args, pi=damping._pi: 1 / pi(*args))
     with pytest.raises(AssertionError):
-        test_damped_factors(NUMPY, "trace")
+        test_pi_balances_the_norms_of_the_residual(NUMPY, "trace")
 
 
 @given(seed=st.integers(0, 100), exponent=st.integers(-8, 8), gamma=st.floats(0, 10))

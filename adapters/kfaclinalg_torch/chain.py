@@ -46,7 +46,7 @@ class ChainInverse(Inverses):
     def _whole(self, factors: Factors, damping: float) -> Any | None:
         for dtype, times in LADDER:
             wide = factors if dtype is None else _cast(factors, dtype)
-            inverse = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm)
+            inverse: Any = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm)
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
             if all(bool(torch.isfinite(U).all()) for U in inverse.apply(ones)):

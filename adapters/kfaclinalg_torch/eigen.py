@@ -60,7 +60,8 @@ class EigenInverses(Inverses):
             R_A, R_G = (old.K_A.mT @ K.K_A).square(), (old.K_B.mT @ K.K_B).square()
             S = R_G.mT @ self.squares[name] @ R_A
         else:
-            S = (1 / K.weights - damping).clamp(min=0.0)
+            weights: Any = K.weights
+            S = (1 / weights - damping).clamp(min=0.0)
         self.squares[name] = S
         return KroneckerBasis(K.K_A, K.K_B, 1 / (S + damping))
 

@@ -40,8 +40,9 @@ def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
     """
     if _structured(layer):
         return factored(layer, damping, norm)
-    ample = 1 + Kronecker(*layer).trace().abs().max()  # the eigenvectors are the same for every shift
-    Q = Kronecker(*layer).shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0)
+    F: Any = Kronecker(*layer)
+    ample = 1 + F.trace().abs().max()  # the eigenvectors are the same for every shift
+    Q = F.shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0)
     a, g = (((M @ K) * K).sum(-2).clamp(min=0.0) for M, K in zip(layer, (Q.K_A, Q.K_B), strict=True))
     return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
 
@@ -133,7 +134,7 @@ def cast(layer: LayerFactors, dtype: torch.dtype) -> LayerFactors:
 def _is_finite(inverse: Any) -> bool:
     """Where a factorisation failed the whole member is NaN, so that a few numbers of it tell."""
     if isinstance(inverse, KroneckerBasis):
-        numbers = inverse.weights
+        numbers: Any = inverse.weights
     else:
         substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
         numbers = inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
@@ -166,7 +167,7 @@ def _slots(costs: tuple[float, ...], period: int) -> list[int]:
 def _diagnosis(layer: LayerFactors) -> str:
     found = []
     for name, M in zip("AG", layer, strict=True):
-        values = M.d if isinstance(M, Diagonal) else torch.linalg.eigvalsh(torch.nan_to_num(M.double()))
+        values: Any = M.d if isinstance(M, Diagonal) else torch.linalg.eigvalsh(torch.nan_to_num(M.double()))
         low, high = float(values.min()), float(values.max())
         condition = abs(high / low) if low else float("inf")
         found.append(f"{name} has eigenvalues from {low:.3g} to {high:.3g}, condition {condition:.3g}")
