@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from . import _backends
+from . import _backends, _checks
 from ._typing import Array
 
 
@@ -20,29 +20,24 @@ def links(inputs: Sequence[Array], output_gradients: Sequence[Array]) -> Iterato
         yield cross(*a), cross(*g)
 
 
+def shapes(inputs: Sequence[Array], output_gradients: Sequence[Array], linked: object) -> list[tuple[int, ...]]:
+    """Those of the moments of each layer and then, where they are `linked`, of neighbours."""
+    pairs = [(x, x) for layer in zip(inputs, output_gradients, strict=True) for x in layer]
+    if linked:
+        neighbours = zip(pairwise(inputs), pairwise(output_gradients), strict=True)
+        pairs += [pair for both in neighbours for pair in both]
+    return [(*_checks.common_batch(x.shape[:-2], y.shape[:-2]), x.shape[-1], y.shape[-1]) for x, y in pairs]
+
+
 def check_batch(inputs: Sequence[Array], output_gradients: Sequence[Array]) -> _backends.Backend:
-    if len(inputs) != len(output_gradients) or not inputs:
-        raise ValueError(
-            f"got {len(inputs)} inputs and {len(output_gradients)} output_gradients, expected one of each a layer"
-        )
-    named = {f"inputs[{i}]": a for i, a in enumerate(inputs)}
-    named |= {f"output_gradients[{i}]": g for i, g in enumerate(output_gradients)}
+    """Of the inputs and the output gradients, which must be of as many layers, and of the same examples."""
+    a = _checks.items("inputs", inputs)
+    g = _checks.items("output_gradients", output_gradients, len(a))
+    named = {f"inputs[{i}]": x for i, x in enumerate(a)} | {f"output_gradients[{i}]": x for i, x in enumerate(g)}
     b = _backends.resolve(**named)
-    N = inputs[0].shape[-2] if inputs[0].ndim > 1 else 0
+    N = a[0].shape[-2] if a[0].ndim > 1 else 0
     for name, x in named.items():
         if x.ndim < 2 or x.shape[-2] != N or N == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., N, d) with the same N > 0 for all")
+    _checks.check_batches(**{name: tuple(x.shape[:-2]) for name, x in named.items()})
     return b
-
-
-def check_old(
-    layers: Sequence[tuple[Array, Array]], inputs: Sequence[Array], output_gradients: Sequence[Array]
-) -> None:
-    """The factors of `layers` must be averages of such batches."""
-    batch = [x for pair in zip(inputs, output_gradients, strict=True) for x in pair]
-    held = {f"old.layers[{i}].{side}": M for i, pair in enumerate(layers) for side, M in zip("AG", pair, strict=True)}
-    _backends.resolve(**{"inputs[0]": inputs[0]}, **held)
-    came = [tuple(M.shape) for M in held.values()]
-    expected = [(*x.shape[:-2], x.shape[-1], x.shape[-1]) for x in batch]
-    if came != expected:
-        raise ValueError(f"the layers of old have shapes {came}, expected {expected}, as the batch")

@@ -29,7 +29,7 @@ def side(M: SideLike) -> Side:
 
 def resolve_sides(**sides: SideLike) -> _backends.Backend:
     """The backend that all the sides share; what is dense must be square, and the batches must broadcast."""
-    b = _backends.resolve(**{name: next(leaves(M)) for name, M in sides.items()})
+    b = _backends.resolve(**{name: next(leaves(M)) if isinstance(M, KINDS) else M for name, M in sides.items()})
     _checks.check_square(**{name: M for name, M in sides.items() if not isinstance(M, KINDS)})
     _checks.check_batches(**{name: side(M).batch_shape for name, M in sides.items()})
     return b

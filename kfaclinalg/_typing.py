@@ -47,6 +47,7 @@ class Array(Protocol):  # noqa: PLW1641 - which arrays can be hashed is theirs t
 
 ArrayT = TypeVar("ArrayT", bound=Array)
 Scalar: TypeAlias = "float | Array"  # a Python number, or an array that broadcasts against the batch
+Scalars: TypeAlias = Any  # the same, where numbers give a number and arrays an array
 
 
 class Side(Protocol):

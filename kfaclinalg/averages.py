@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
-from . import _backends, _moments
-from ._typing import Array, ArrayT
+from . import _backends, _checks, _moments
+from ._typing import Array, ArrayT, Scalar, Scalars
 from .factors import Factors, LayerFactors, Link, batch_factors
 
 
@@ -15,7 +16,7 @@ def update_factors(
     output_gradients: Sequence[ArrayT],
     /,
     *,
-    decay: float,
+    decay: Scalar,
 ) -> Factors:
     """moving_average(old, batch_factors(inputs, output_gradients), decay=decay), with links where `old` has them.
 
@@ -30,65 +31,83 @@ def update_factors(
     >>> update_factors(old, [np.asarray([[2.0]])], [np.asarray([[0.0]])], decay=0.75).layers[0]
     LayerFactors(A=array([[1.75]]), G=array([[0.75]]))
     """
-    if old is None or decay == 1:  # what it multiplies by zero no rank-N update reads
+    b = _moments.check_batch(inputs, output_gradients)
+    if old is not None:
+        held = _arrays("old", old)
+        _backends.resolve(**{"inputs[0]": inputs[0]}, **held)
+        came, expected = [tuple(M.shape) for M in held.values()], _moments.shapes(inputs, output_gradients, old.links)
+        if came != expected:
+            raise ValueError(f"old has shapes {came}, expected {expected}, those of the batch")
+    epsilon = _backends.weight(b, "decay", decay)
+    if old is None or (isinstance(epsilon, float) and epsilon == 1):  # what a zero multiplies no rank-N update reads
         new = batch_factors(inputs, output_gradients, links=old is not None and old.links != ())
-        return moving_average(old, new, decay=decay)
-    _moments.check_batch(inputs, output_gradients)
-    _moments.check_old(old.layers, inputs, output_gradients)
-    links = tuple(Link(*pair) for pair in _moments.links(inputs, output_gradients)) if old.links else ()
-    averaged = moving_average(Factors((), old.links), Factors((), links), decay=decay).links
+        return moving_average(old, new, decay=epsilon)
 
     def updated(C: Array, x: Array) -> Array:
-        return _backends.updated_moment(C, x, float(decay))
+        return _backends.updated_moment(C, x, epsilon)
 
     layers = zip(old.layers, inputs, output_gradients, strict=True)
-    return Factors(tuple(LayerFactors(updated(A, a), updated(G, g)) for (A, G), a, g in layers), averaged)
+    crosses = _moments.links(inputs, output_gradients) if old.links else ()
+    links = (Link(*_mix(x, y, epsilon)) for x, y in zip(old.links, crosses, strict=True))
+    return Factors(tuple(LayerFactors(updated(A, a), updated(G, g)) for (A, G), a, g in layers), tuple(links))
 
 
-def moving_average(old: Factors | None, new: Factors, /, *, decay: float) -> Factors:
+def moving_average(old: Factors | None, new: Factors, /, *, decay: Scalar) -> Factors:
     """decay * old + (1 - decay) * new, for every factor and link; `new` itself where there is no `old` (Section 5).
 
-    3 flops an entry.
+    decay is a number, or a 0-d array of any floating-point dtype, whose value is not looked at. 3 flops an entry.
 
     Raises:
-        ValueError: decay is outside [0, 1], or old and new differ in the number of layers or links or in a shape.
+        TypeError, ValueError: decay is outside [0, 1]; old or new holds something else than float32 or float64 arrays,
+            or they differ in the number of layers or links, a shape, dtype, namespace or device.
 
     >>> import numpy as np
     >>> one, two = (Factors((LayerFactors(np.full((1, 1), x), np.full((1, 1), x)),)) for x in (1.0, 2.0))
     >>> moving_average(one, two, decay=0.75).layers[0].A
     array([[1.25]])
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}, expected a number in [0, 1]")
+    arrays = _arrays("new", new)
+    b = _backends.resolve(**arrays)
+    epsilon = _backends.weight(b, "decay", decay)
     if old is None:
         return new
-    _check_alike(old, new)
+    held = _arrays("old", old)
+    _backends.resolve(**arrays, **held)
+    came, expected = ([tuple(x.shape) for x in xs.values()] for xs in (arrays, held))
+    if came != expected or len(old.layers) != len(new.layers):
+        raise ValueError(f"new has shapes {came}, expected {expected}, those of old")
     return Factors(
-        tuple(LayerFactors(*_mix(x, y, decay)) for x, y in zip(old.layers, new.layers, strict=True)),
-        tuple(Link(*_mix(x, y, decay)) for x, y in zip(old.links, new.links, strict=True)),
+        tuple(LayerFactors(*_mix(x, y, epsilon)) for x, y in zip(old.layers, new.layers, strict=True)),
+        tuple(Link(*_mix(x, y, epsilon)) for x, y in zip(old.links, new.links, strict=True)),
     )
 
 
-def averaging_decay(iteration: int, /, *, maximum: float = 0.95) -> float:
+def averaging_decay(iteration: Scalars, /, *, maximum: float = 0.95) -> Scalars:
     """ε = min(1 - 1/k, maximum) for k = 1, 2, ...: a plain mean at first, so that the average is never biased
-    towards a start value, then an exponentially decaying one (Section 5). Two flops.
+    towards a start value, then an exponentially decaying one (Section 5). Of an array (...) an array. Two flops.
 
     Raises:
-        ValueError: the iteration is below 1.
+        TypeError, ValueError: the iteration is not an integer of 1 or more, or maximum not in [0, 1].
 
     >>> [averaging_decay(k) for k in (1, 2, 4, 1000)]
     [0.0, 0.5, 0.75, 0.95]
     """
-    if iteration < 1:
-        raise ValueError(f"iteration is {iteration}, expected 1, 2, ...")
-    return min(1 - 1 / iteration, maximum)
+    bound = _checks.fraction("maximum", maximum)
+    if isinstance(iteration, Real):
+        return min(1 - 1 / _checks.integer("iteration", iteration, 1), bound)
+    k = _backends.floating("iteration", iteration)
+    epsilon = 1 - 1 / k
+    return _backends.backend_of(k).xp.where(epsilon < bound, epsilon, bound)
 
 
-def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: float) -> Iterator[Array]:
+def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: Scalar) -> Iterator[Array]:
     return (decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
 
 
-def _check_alike(old: Factors, new: Factors) -> None:
-    shapes = [[tuple(x.shape) for pair in (*f.layers, *f.links) for x in pair] for f in (old, new)]
-    if len(old.layers) != len(new.layers) or shapes[0] != shapes[1]:
-        raise ValueError(f"new has shapes {shapes[1]}, expected {shapes[0]}, those of old")
+def _arrays(name: str, factors: Factors) -> dict[str, Array]:
+    """What the factors hold, under its name in a message."""
+    _checks.check_class(name, factors, Factors)
+    pairs = {f"{name}.layers[{i}]": pair for i, pair in enumerate(_checks.items(f"{name}.layers", factors.layers))}
+    if factors.links != ():
+        pairs |= {f"{name}.links[{i}]": pair for i, pair in enumerate(_checks.items(f"{name}.links", factors.links))}
+    return {f"{at}.{s}": M for at, pair in pairs.items() for s, M in zip("AG", _checks.items(at, pair, 2), strict=True)}

@@ -30,12 +30,12 @@ class BlockDiagonal:
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
-        if not isinstance(self.blocks, tuple) or not self.blocks:
-            raise ValueError(f"blocks is {self.blocks!r}, expected a tuple of one operator or more")
+        _checks.check_class("blocks", self.blocks, tuple)
+        _check_operators("blocks", self.blocks)
 
     def apply(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """(block_1 @ V_1, ..., block_l @ V_l). The sum of the blocks' flops."""
-        return tuple(_applied(block, V) for block, V in self._pairs(Vs))
+        return tuple(_checks.named(at, _applied, block, V) for at, block, V in _matched(self.blocks, Vs))
 
     __matmul__ = apply
 
@@ -45,7 +45,7 @@ class BlockDiagonal:
 
     def solve(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """Each block's `solve` of its V: backward stable, for one-off use."""
-        return tuple(block.solve(V) for block, V in self._pairs(Vs))
+        return tuple(_checks.named(at, block.solve, V) for at, block, V in _matched(self.blocks, Vs))
 
     def logdet(self) -> Array:
         """Σ log det block_i (...)."""
@@ -66,11 +66,6 @@ class BlockDiagonal:
     def as_scipy(self) -> _conversions.LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return _conversions.linear_operator(self, [block.shape for block in self.blocks], self.apply)
-
-    def _pairs(self, Vs: Sequence[Array]) -> Iterator[tuple[Operator, Array]]:
-        if len(Vs) != len(self.blocks):
-            raise ValueError(f"got {len(Vs)} matrices, expected {len(self.blocks)}, one a block")
-        return zip(self.blocks, Vs, strict=True)
 
 
 @value
@@ -98,20 +93,28 @@ class BlockTridiagonalInverse:
     astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
-        if not self.Lambda or not len(self.Psi_A) == len(self.Psi_G) == len(self.Lambda) - 1:
+        for name in ("Psi_A", "Psi_G", "Lambda"):
+            _checks.check_class(name, getattr(self, name), tuple)
+        _check_operators("Lambda", self.Lambda)
+        if not len(self.Psi_A) == len(self.Psi_G) == len(self.Lambda) - 1:
             counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
+        b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
+        for name, side in (("Psi_A", 1), ("Psi_G", 0)):
+            sizes = [block.shape[side] for block in self.Lambda]
+            for i, Psi in enumerate(getattr(self, name)):
+                _backends.operand(b, f"{name}[{i}]", Psi, (sizes[i], sizes[i + 1]))
 
     def apply(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """F̂⁻¹ (V_1, ..., V_l).
 
         Σ 4 m_i n_i (m_i + n_i) flops for Λ and about as many for Ξ and Ξᵀ.
         """
-        if len(Vs) != len(self.Lambda):
-            raise ValueError(f"got {len(Vs)} matrices, expected {len(self.Lambda)}, one a layer")
         b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
-        layers = zip(self.Lambda, Vs, strict=True)
-        Xs = [_backends.operand(b, f"Vs[{i}]", V, block.shape) for i, (block, V) in enumerate(layers)]
+        Vs = _checks.items("Vs", Vs, len(self.Lambda))
+        Xs = [_backends.operand(b, at, V, block.shape) for at, block, V in _matched(self.Lambda, Vs)]
+        batches = {f"Vs[{i}]": tuple(V.shape[:-2]) for i, V in enumerate(Vs)}
+        _checks.check_batches(**batches, **{f"Psi_A[{i}]": tuple(M.shape[:-2]) for i, M in enumerate(self.Psi_A)})
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
         Us = [X - product(G, above, A.mT) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]  # Ξ
         Us = [_applied(block, U) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]  # Λ
@@ -137,6 +140,18 @@ class BlockTridiagonalInverse:
     def as_scipy(self) -> _conversions.LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return _conversions.linear_operator(self, [block.shape for block in self.Lambda], self.apply)
+
+
+def _check_operators(name: str, blocks: Sequence[Operator]) -> None:
+    for i, block in enumerate(_checks.items(name, blocks)):
+        if not hasattr(block, "__matmul__") or hasattr(block, "dtype"):
+            raise TypeError(f"{name}[{i}] is a {_checks.class_of(block)}, expected an operator such as a Kronecker")
+
+
+def _matched(blocks: Sequence[Operator], Vs: Sequence[Array]) -> Iterator[tuple[str, Operator, Array]]:
+    """Each operator with its matrix, and its name in a message."""
+    held = _checks.items("Vs", Vs, len(blocks))
+    return ((f"Vs[{i}]", block, V) for i, (block, V) in enumerate(zip(blocks, held, strict=True)))
 
 
 def _applied(block: Operator, V: Array) -> Array:

@@ -44,14 +44,15 @@ class CholeskyInverse:
 
     def apply(self, X: Array, /) -> Array:
         """L⁻ᵀ L⁻¹ X for X (..., n, r). 2 n² r flops."""
-        Y = self._operand(self._backend(), X)
+        Y = self._operand(X, (self.shape[0], "r"))
         return _backends.narrowed(_backends.substituted(self.L, Y), X.dtype)
 
     __matmul__ = apply
 
     def apply_right(self, X: Array) -> Array:
         """X L⁻ᵀ L⁻¹ for X (..., r, n). 2 n² r flops."""
-        return self.apply(X.mT).mT
+        Y = self._operand(X, ("r", self.shape[0]))
+        return _backends.narrowed(_backends.substituted(self.L, Y.mT).mT, X.dtype)
 
     def inverse(self) -> Array:
         """L Lᵀ (..., n, n), a dense array, exactly symmetric. 2 n³ flops."""
@@ -64,12 +65,13 @@ class CholeskyInverse:
 
     def shifted(self, shift: Scalar) -> Array:
         """(L Lᵀ)⁻¹ + shift I (..., n, n), a dense array, for a number or a shift (...). ⅔ n³ flops."""
+        shift = _backends.scalar(self._backend(), "shift", shift, _checks.number, L=self.batch_shape)
         return _backends.shifted(self.to_dense(), shift)
 
     def solve(self, X: Array) -> Array:
         """L Lᵀ X for X (..., n, r). 4 n² r flops."""
-        b, L = self._backend(), self._lower()
-        return _backends.narrowed(L @ (L.mT @ self._operand(b, X)), X.dtype)
+        L, Y = self._lower(), self._operand(X, (self.shape[0], "r"))
+        return _backends.narrowed(L @ (L.mT @ Y), X.dtype)
 
     def logdet(self) -> Array:
         """`-2 Σ log |L_ii|` (...). n flops."""
@@ -97,7 +99,7 @@ class CholeskyInverse:
     def _lower(self) -> Array:
         return self._backend().xp.tril(self.L)
 
-    def _operand(self, b: _backends.Backend, X: Array) -> Array:
-        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+    def _operand(self, X: Array, core: tuple[int | str, ...]) -> Array:
+        Y = _backends.operand(self._backend(), "X", X, core)
         _checks.check_batches(L=self.batch_shape, X=X.shape[:-2])
         return Y

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from . import _backends, _checks
+from . import _backends, _checks, _network
 from ._sides import ROUTINES, inverses, resolve_sides, side
-from ._typing import Array, Scalar
+from ._typing import Scalar
 from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import factored_tikhonov
@@ -38,7 +38,7 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     _checks.check_choice("method", method, ROUTINES)
-    damped = (M for layer in factors.layers for M in factored_tikhonov(layer, gamma, norm=norm))
+    damped = (M for layer in _damped(factors, gamma, norm) for M in layer)
     return BlockDiagonal(tuple(rebuilt(Kronecker, pair) for pair in _pairs(inverses(damped, method))))
 
 
@@ -59,8 +59,8 @@ def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str =
     >>> (block_tridiagonal_inverse(factors, 0.0) @ (one, 0 * one))[0]
     array([[1.33333333]])
     """
-    layers = [factored_tikhonov(layer, gamma, norm=norm) for layer in factors.layers]
-    _check_links(factors)
+    layers = list(_damped(factors, gamma, norm))
+    _network.check_links(layers, factors.links)
     # Layer i given layer i+1, with X the link of one side and L Lᵀ = A_{i+1}: Ψ = X A_{i+1}⁻¹, and
     #     Σ_{i|i+1} = A_i ⊗ G_i - Ψ^A A_{i+1} Ψ^Aᵀ ⊗ Ψ^G G_{i+1} Ψ^Gᵀ,
     # whose second factors are Y Yᵀ with Y = X L⁻ᵀ. In the basis K = L_i⁻ᵀ E of R Rᵀ = E diag(s) Eᵀ, R = L_i⁻¹ Y, it is
@@ -70,8 +70,6 @@ def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str =
         for (lower, upper), link in zip(pairwise(layers), factors.links, strict=True)
         for side in zip(lower, upper, link, strict=True)
     ]
-    for M, above, X in sides:
-        _backends.resolve(factor=M, above=above, link=X)
     Psi_A, Psi_G, Lambda = [], [], []
     for (Psi, K_A, s_A), (Phi, K_G, s_G) in _pairs(_backends.each(_backends.conditional, *zip(*sides, strict=True))):
         Psi_A.append(Psi)
@@ -95,9 +93,11 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     >>> (exactly_damped_inverse(factors, 1.0) @ (np.ones((1, 1)),))[0]
     array([[0.25]])
     """
-    damping = _checks.nonnegative("damping", damping)
-    spectra = _backends.each(_backends.eigh, (M for layer in factors.layers for M in _dense(layer)))
-    return BlockDiagonal(tuple(_shifted_inverse(A, G, damping) for A, G in _pairs(spectra)))
+    layers = _network.layers(factors)
+    shifts = [_checks.named(at, _shift, layer, damping) for at, layer in layers.items()]
+    spectra = _backends.each(_backends.eigh, (side(M).to_dense() for layer in layers.values() for M in layer))
+    blocks = zip(_pairs(spectra), shifts, strict=True)
+    return BlockDiagonal(tuple(_shifted_inverse(A, G, shift) for (A, G), shift in blocks))
 
 
 def low_rank_inverse(
@@ -125,12 +125,11 @@ def low_rank_inverse(
     >>> (low_rank_inverse(factors, 0.5, rank=1) @ (np.ones((1, 2)),))[0].round(6)
     array([[0.088889, 0.8     ]])
     """
-    blocks = _starts(start, len(factors.layers))
+    layers = _network.layers(factors)
+    _checks.integer("rank", rank, 0)
     truncated = []
-    for (A, G), (A_start, G_start) in zip(factors.layers, blocks, strict=True):
-        A_k = low_rank(A, min(rank, A.shape[-1]), start=A_start)
-        G_k = low_rank_plus_diagonal(G, min(rank, G.shape[-1]), start=G_start)
-        truncated.append(LayerFactors(A_k, G_k))
+    for (at, layer), starts in zip(layers.items(), _starts(start, len(layers)), strict=True):
+        truncated.append(_checks.named(at, _truncated, layer, rank, *starts))
     return block_diagonal_inverse(Factors(tuple(truncated)), gamma, norm=norm)
 
 
@@ -145,30 +144,29 @@ def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:
     return [(_spanned(A), _spanned(B)) for A, B in sides]
 
 
+def _truncated(layer: LayerFactors, rank: int, A_start: Any, G_start: Any) -> LayerFactors:
+    n, m = (side(M).shape[0] for M in layer)
+    A = low_rank(layer.A, min(rank, n), start=A_start)
+    return LayerFactors(A, low_rank_plus_diagonal(layer.G, min(rank, m), start=G_start))
+
+
 def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     """What `low_rank` can begin with, from an inverse M: its U spans D⁻¹ times what the factor's own U spanned."""
     return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
-def _dense(layer: LayerFactors) -> Iterator[Array]:
-    resolve_sides(A=layer.A, G=layer.G)
-    return (side(M).to_dense() for M in layer)
+def _damped(factors: Factors, gamma: Scalar, norm: str) -> Iterator[LayerFactors]:
+    return (_checks.named(at, factored_tikhonov, M, gamma, norm=norm) for at, M in _network.layers(factors).items())
+
+
+def _shift(layer: LayerFactors, damping: Scalar) -> Scalar:
+    b = resolve_sides(A=layer.A, G=layer.G)
+    return _backends.scalar(b, "damping", damping, **{name: side(M).batch_shape for name, M in layer._asdict().items()})
 
 
 def _pairs(of_sides: Sequence[T]) -> Iterator[tuple[T, T]]:
     """What belongs to the A and to the G of each layer."""
     return zip(of_sides[::2], of_sides[1::2], strict=True)
-
-
-def _check_links(factors: Factors) -> None:
-    if len(factors.links) != len(factors.layers) - 1:
-        raise ValueError(f"got {len(factors.links)} links for {len(factors.layers)} layers, expected one fewer")
-    for i, ((lower, upper), link) in enumerate(zip(pairwise(factors.layers), factors.links, strict=True)):
-        for name in ("A", "G"):
-            shape = (getattr(lower, name).shape[-1], getattr(upper, name).shape[-1])
-            if tuple(getattr(link, name).shape[-2:]) != shape:
-                came = tuple(getattr(link, name).shape)
-                raise ValueError(f"links[{i}].{name} has shape {came}, expected (..., {shape[0]}, {shape[1]})")
 
 
 STRUCTURES: dict[str, Any] = {"block-diagonal": block_diagonal_inverse, "block-tridiagonal": block_tridiagonal_inverse}

@@ -31,7 +31,8 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Array:
     >>> float(tikhonov_pi(LayerFactors(4 * np.eye(3), np.eye(2))))
     2.0
     """
-    return _pi(norm, *_sides(layer, norm))
+    _, A, G = _sides(layer, norm)
+    return _pi(norm, A, G)
 
 
 def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "trace") -> LayerFactors:
@@ -47,16 +48,16 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     >>> factored_tikhonov(LayerFactors(4 * np.eye(1), np.eye(1)), 0.5)
     LayerFactors(A=array([[5.]]), G=array([[1.25]]))
     """
-    gamma = _checks.nonnegative("gamma", gamma)
-    A, G = _sides(layer, norm)
+    b, A, G = _sides(layer, norm)
+    gamma = _backends.scalar(b, "gamma", gamma, A=A.batch_shape, G=G.batch_shape)
     pi = _pi(norm, A, G)
     return LayerFactors(A.shifted(pi * gamma), G.shifted(gamma / pi))
 
 
-def _sides(layer: LayerFactors, norm: str) -> tuple[Side, Side]:
+def _sides(layer: LayerFactors, norm: str) -> tuple[_backends.Backend, Side, Side]:
     _checks.check_choice("norm", norm, NORMS)
-    resolve_sides(A=layer.A, G=layer.G)
-    return side(layer.A), side(layer.G)
+    _checks.check_class("layer", layer, LayerFactors)
+    return resolve_sides(A=layer.A, G=layer.G), side(layer.A), side(layer.G)
 
 
 def _pi(norm: str, A: Side, G: Side) -> Array:

@@ -42,14 +42,14 @@ class Dense:
 
     def apply(self, X: Array, /) -> Array:
         """M X for X (..., n, r). 2 n² r flops."""
-        Y = self._operand(X, (self.shape[0], *X.shape[-1:]))
+        Y = self._operand(X, (self.shape[0], "r"))
         return _backends.narrowed(_backends.product(self.M, Y), X.dtype)
 
     __matmul__ = apply
 
     def apply_right(self, X: Array) -> Array:
         """X Mᵀ for X (..., r, n). 2 n² r flops."""
-        Y = self._operand(X, (*X.shape[-2:-1], self.shape[0]))
+        Y = self._operand(X, ("r", self.shape[0]))
         return _backends.narrowed(_backends.product(Y, self.M.mT), X.dtype)
 
     def inverse(self) -> Array:
@@ -62,7 +62,8 @@ class Dense:
 
     def shifted(self, shift: Scalar) -> Array:
         """M + shift I (..., n, n) for a number or a shift (...). n flops."""
-        return _backends.shifted(self.M, shift)
+        b = _backends.backend_of(self.M)
+        return _backends.shifted(self.M, _backends.scalar(b, "shift", shift, _checks.number, M=self.batch_shape))
 
     def solve(self, X: Array) -> Array:
         """M⁻¹ X for X (..., n, r). n³/3 + 2 n² r flops."""
@@ -84,7 +85,7 @@ class Dense:
         """M itself. No flops."""
         return self.M
 
-    def _operand(self, X: Array, core: tuple[int, ...]) -> Array:
+    def _operand(self, X: Array, core: tuple[int | str, ...]) -> Array:
         Y = _backends.operand(_backends.backend_of(self.M), "X", X, core)
         _checks.check_batches(M=self.batch_shape, X=X.shape[:-2])
         return Y

@@ -41,14 +41,15 @@ class Diagonal:
 
     def apply(self, X: Array, /) -> Array:
         """d ∘ X for X (..., n, r). n r flops."""
-        b = self._backend()
-        return _backends.narrowed(self.d[..., None] * self._operand(b, X), X.dtype)
+        Y = self._operand(X, (self.shape[0], "r"))
+        return _backends.narrowed(self.d[..., None] * Y, X.dtype)
 
     __matmul__ = apply
 
     def apply_right(self, X: Array) -> Array:
         """X ∘ dᵀ for X (..., r, n). n r flops."""
-        return self.apply(X.mT).mT
+        Y = self._operand(X, ("r", self.shape[0]))
+        return _backends.narrowed(Y * self.d[..., None, :], X.dtype)
 
     def inverse(self) -> Diagonal:
         """diag(1/d). n flops."""
@@ -56,6 +57,7 @@ class Diagonal:
 
     def shifted(self, shift: Scalar) -> Diagonal:
         """diag(d + shift) for a number or a shift (...). n flops."""
+        shift = _backends.scalar(self._backend(), "shift", shift, _checks.number, d=self.batch_shape)
         return Diagonal(self.d + _backends.per_member(shift, 1))
 
     def inverse_root(self, p: float) -> Diagonal:
@@ -64,13 +66,12 @@ class Diagonal:
         Raises:
             ValueError: p is not positive.
         """
-        _checks.check_positive("p", p)
-        return Diagonal(self._positive() ** (-1 / p))
+        return Diagonal(self._positive() ** (-1 / _checks.positive("p", p)))
 
     def solve(self, X: Array) -> Array:
         """X / d for X (..., n, r). n r flops."""
-        b = self._backend()
-        return _backends.narrowed(self._operand(b, X) / self._positive()[..., None], X.dtype)
+        Y = self._operand(X, (self.shape[0], "r"))
+        return _backends.narrowed(Y / self._positive()[..., None], X.dtype)
 
     def logdet(self) -> Array:
         """Σ log d (...). n flops."""
@@ -93,8 +94,8 @@ class Diagonal:
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(d=self.d)
 
-    def _operand(self, b: _backends.Backend, X: Array) -> Array:
-        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+    def _operand(self, X: Array, core: tuple[int | str, ...]) -> Array:
+        Y = _backends.operand(self._backend(), "X", X, core)
         _checks.check_batches(d=self.batch_shape, X=X.shape[:-2])
         return Y
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import _backends, _moments
+from . import _backends, _checks, _moments
 from ._typing import ArrayT
 
 
@@ -64,10 +64,8 @@ def homogeneous(a: ArrayT, /) -> ArrayT:
     array([[2., 3., 1.]])
     """
     b = _backends.resolve(a=a)
-    if a.ndim < 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., N, d)")
-    ones = b.xp.ones((*a.shape[:-1], 1), dtype=b.dtype, device=b.device)
-    return b.xp.concat([a, ones], axis=-1)
+    _backends.operand(b, "a", a, ("N", "d"))
+    return b.xp.concat([a, b.zeros(*a.shape[:-1], 1) + 1], axis=-1)
 
 
 def second_moment(x: ArrayT, /) -> ArrayT:
@@ -81,8 +79,7 @@ def second_moment(x: ArrayT, /) -> ArrayT:
     array([[5., 2.],
            [2., 1.]])
     """
-    _backends.resolve(x=x)
-    if x.ndim < 2 or x.shape[-2] == 0:
+    if _backends.operand(_backends.resolve(x=x), "x", x, ("N", "n")).shape[-2] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., N, n) with N > 0")
     return _backends.moment(x)
 
@@ -112,6 +109,7 @@ def batch_factors(
     LayerFactors(A=array([[5., 2.],
            [2., 1.]]), G=array([[2.]]))
     """
+    _checks.check_flag("links", links)
     _moments.check_batch(inputs, output_gradients)
     moment = _backends.moment
     layers = tuple(LayerFactors(moment(a), moment(g)) for a, g in zip(inputs, output_gradients, strict=True))

@@ -26,7 +26,8 @@ class OuterProduct:
 
     def __post_init__(self) -> None:
         b = _backends.resolve(L=self.L, R=self.R)
-        _backends.operand(b, "R", self.R, (self.R.shape[-2], self.L.shape[-1]))
+        _backends.operand(b, "L", self.L, ("m", "r"))
+        _backends.operand(b, "R", self.R, ("n", self.L.shape[-1]))
         _checks.check_batches(L=self.L.shape[:-2], R=self.R.shape[:-2])
 
     @property
@@ -102,10 +103,9 @@ class Kronecker:
         """
         b = resolve_sides(A=self.A, B=self.B)
         m, n = self.shape
-        left, right = (
-            _backends.operand(b, "L", L, (m, L.shape[-1])),
-            _backends.operand(b, "R", R, (n, L.shape[-1])),
-        )
+        left = _backends.operand(b, "L", L, (m, "r"))
+        right = _backends.operand(b, "R", R, (n, L.shape[-1]))
+        _checks.check_batches(**self._batches(), L=L.shape[:-2], R=R.shape[:-2])
         A, B = self._sides()
         # From the right: L and R of a batch are transposed, it is their columns that lie together in memory.
         return self._narrowed(_backends.product(B.apply_right(left.mT).mT, A.apply_right(right.mT)), L)
@@ -135,7 +135,7 @@ class Kronecker:
         With A = Q_A diag(a) Q_Aᵀ and B = Q_B diag(b) Q_Bᵀ the sum is Q diag(vec(b aᵀ + shift)) Qᵀ, Q = Q_A ⊗ Q_B. Only
         the sum need be positive definite. `shift` is λ + η, what is added to the curvature itself.
         """
-        shift = _checks.nonnegative("shift", shift)
+        shift = _backends.scalar(resolve_sides(A=self.A, B=self.B), "shift", shift, **self._batches())
         A, B = _backends.each(_backends.eigh, [M.to_dense() for M in self._sides()])
         return _shifted_inverse(A, B, shift)
 
@@ -166,9 +166,11 @@ class Kronecker:
     def _operand(self, V: Array) -> Array:
         b = resolve_sides(A=self.A, B=self.B)
         X = _backends.operand(b, "V", V, self.shape)
-        batches = {name: M.batch_shape for name, M in zip("AB", self._sides(), strict=True)}
-        _checks.check_batches(**batches, V=V.shape[:-2])
+        _checks.check_batches(**self._batches(), V=V.shape[:-2])
         return X
+
+    def _batches(self) -> dict[str, tuple[int, ...]]:
+        return {name: M.batch_shape for name, M in zip("AB", self._sides(), strict=True)}
 
     def _narrowed(self, U: Array, V: Array) -> Array:
         return _backends.narrowed(U, V.dtype)

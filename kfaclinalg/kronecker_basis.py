@@ -33,6 +33,7 @@ class KroneckerBasis:
         b = self._backend()
         _checks.check_square(K_A=self.K_A, K_B=self.K_B)
         _backends.operand(b, "weights", self.weights, self.shape)
+        _checks.check_batches(**self._batches())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,6 +44,7 @@ class KroneckerBasis:
         """K_B [(K_Bᵀ V K_A) ∘ weights] K_Aᵀ (..., m, n) (Appendix B). 4 m n (m + n) flops."""
         b = self._backend()
         X = _backends.operand(b, "V", V, self.shape)
+        _checks.check_batches(**self._batches(), V=V.shape[:-2])
         X = _backends.product(self.K_B.mT, X, self.K_A) * self.weights
         return _backends.narrowed(_backends.product(self.K_B, X, self.K_A.mT), V.dtype)
 
@@ -85,6 +87,9 @@ class KroneckerBasis:
         K = _backends.kron(self.K_A, self.K_B)
         w = self._backend().xp.reshape(self.weights.mT, (*self.weights.shape[:-2], 1, K.shape[-1]))
         return (K * w) @ K.mT
+
+    def _batches(self) -> dict[str, tuple[int, ...]]:
+        return {name: getattr(self, name).shape[:-2] for name in ("K_A", "K_B", "weights")}
 
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(K_A=self.K_A, K_B=self.K_B)

@@ -40,7 +40,7 @@ class KroneckerPair:
         _checks.check_square(A=self.A, B=self.B)
         _backends.operand(b, "C", self.C, tuple(self.A.shape[-2:]))
         _backends.operand(b, "D", self.D, tuple(self.B.shape[-2:]))
-        _checks.check_batches(**{name: getattr(self, name).shape[:-2] for name in "ABCD"})
+        _checks.check_batches(**self._batches())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,7 +49,7 @@ class KroneckerPair:
 
     def apply(self, V: Array, /) -> Array:
         """B V Aᵀ + D V Cᵀ (..., m, n), as `@`. 4 m n (m + n) flops."""
-        X = _backends.operand(self._backend(), "V", V, self.shape)
+        X = self._operand(V)
         first, second = (term.apply(X) for term in self._terms())
         return _backends.narrowed(first + second, V.dtype)
 
@@ -79,8 +79,7 @@ class KroneckerPair:
         About 11 (n³ + m³) + 16 m n (m + n) flops, or 2 (n³ + m³) + 2 m n (m + n) a squaring.
         """
         _checks.check_choice("method", method, ("eigh", "smith"))
-        b = self._backend()
-        X = _backends.operand(b, "V", V, self.shape)
+        X = self._operand(V)
         return _backends.narrowed(self._smith(X) if method == "smith" else self._refined(X), V.dtype)
 
     def logdet(self) -> Array:
@@ -146,6 +145,14 @@ class KroneckerPair:
 
     def _terms(self) -> tuple[Kronecker, Kronecker]:
         return Kronecker(self.A, self.B), Kronecker(self.C, self.D)
+
+    def _operand(self, V: Array) -> Array:
+        X = _backends.operand(self._backend(), "V", V, self.shape)
+        _checks.check_batches(**self._batches(), V=V.shape[:-2])
+        return X
+
+    def _batches(self) -> dict[str, tuple[int, ...]]:
+        return {name: getattr(self, name).shape[:-2] for name in "ABCD"}
 
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(A=self.A, B=self.B, C=self.C, D=self.D)

@@ -55,14 +55,14 @@ class LowRankPlusDiagonal:
 
     def apply(self, X: Array, /) -> Array:
         """U (s ∘ Uᵀ X) + d ∘ X for X (..., n, r). 4 n k r flops."""
-        b = self._backend()
-        return _backends.narrowed(self._applied(self._operand(b, X)), X.dtype)
+        return _backends.narrowed(self._applied(self._operand(X, (self.shape[0], "r"))), X.dtype)
 
     __matmul__ = apply
 
     def apply_right(self, X: Array, /) -> Array:
         """X M for X (..., r, n). 4 n k r flops."""
-        return self.apply(X.mT).mT
+        Y = self._operand(X, ("r", self.shape[0]))
+        return _backends.narrowed(self._applied(Y.mT).mT, X.dtype)
 
     def inverse(self, method: str = "woodbury") -> LowRankPlusDiagonal:
         """diag(1/d) minus a correction of rank k, by "woodbury" or "sherman-morrison". 14 n k² flops.
@@ -84,6 +84,7 @@ class LowRankPlusDiagonal:
 
     def shifted(self, shift: Scalar) -> LowRankPlusDiagonal:
         """M + shift I for a number or a shift (...). n flops."""
+        shift = _backends.scalar(self._backend(), "shift", shift, _checks.number, M=self.batch_shape)
         return LowRankPlusDiagonal(self.U, self.s, self.d + _backends.per_member(shift, 1))
 
     def solve(self, X: Array) -> Array:
@@ -93,8 +94,7 @@ class LowRankPlusDiagonal:
         make the solution backward stable up to κ = eps^(-3/4). Where values may be read it stops where the next would
         be below eps.
         """
-        b = self._backend()
-        Y = self._operand(b, X)
+        Y = self._operand(X, (self.shape[0], "r"))
         Z = _capacitance.solve(self.U, self.s, self.d, Y) if _capacitance.applies(self.U, self.s, self.d) else None
         return _backends.narrowed(self._refined(Y) if Z is None else Z, X.dtype)
 
@@ -134,8 +134,8 @@ class LowRankPlusDiagonal:
     def _batches(self) -> dict[str, tuple[int, ...]]:
         return {"U": self.U.shape[:-2], "s": self.s.shape[:-1], "d": self.d.shape[:-1]}
 
-    def _operand(self, b: _backends.Backend, X: Array) -> Array:
-        Y = _backends.operand(b, "X", X, (self.shape[0], *X.shape[-1:]))
+    def _operand(self, X: Array, core: tuple[int | str, ...]) -> Array:
+        Y = _backends.operand(self._backend(), "X", X, core)
         _checks.check_batches(**self._batches(), X=X.shape[:-2])
         return Y
 
@@ -185,14 +185,11 @@ def _check(M: Array, rank: int, iterations: int, start: LowRankPlusDiagonal | No
     _backends.resolve(M=M)
     _checks.check_square(M=M)
     n = M.shape[-1]
-    if not isinstance(rank, int) or not 0 <= rank <= n:
-        raise ValueError(f"rank is {rank!r}, expected an integer from 0 to {n}, the size of M")
-    if not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations is {iterations!r}, expected an integer >= 0")
+    _checks.integer("rank", rank, 0, n)
+    _checks.integer("iterations", iterations, 0)
     if start is None:
         return _backends.resolve(M=M)
-    if not isinstance(start, LowRankPlusDiagonal):
-        raise TypeError(f"start is a {type(start).__qualname__}, expected a LowRankPlusDiagonal")
+    _checks.check_class("start", start, LowRankPlusDiagonal)
     b = _backends.resolve(M=M, start=start.U)
     _backends.operand(b, "start", start.U, (n, rank))
     _checks.check_batches(M=M.shape[:-2], start=start.U.shape[:-2])

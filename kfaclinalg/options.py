@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from . import _checks
 from .curvature import STRUCTURES
 from .damping import NORMS
 
@@ -36,28 +36,23 @@ class KFACOptions(NamedTuple):
     generator: Any = None  # the adapter's source of the sampled targets and subsets
 
     def checked(self) -> KFACOptions:
-        """Itself; a ValueError says which option is wrong and why."""
-        self._require_one_of("structure", STRUCTURES)
-        self._require_one_of("momentum", MOMENTA)
-        self._require_one_of("pi_norm", NORMS)
+        """Itself; a TypeError or ValueError says which option is wrong and why."""
+        for name, known in (("structure", STRUCTURES), ("momentum", MOMENTA), ("pi_norm", NORMS)):
+            _checks.check_choice(name, getattr(self, name), known)
         for name in ("damping", "weight_decay"):
-            self._require(name, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+            _checks.nonnegative(name, getattr(self, name))
         for name in ("damping_decay", "gamma_decay", "statistics_fraction", "curvature_fraction"):
-            self._require(name, lambda x: 0 < x <= 1, "a number in (0, 1]")
+            _checks.fraction(name, getattr(self, name), "(0, 1]")
+        _checks.fraction("averaging_maximum", self.averaging_maximum, "[0, 1)")
         for name in ("damping_period", "gamma_period", "inverse_period"):
-            self._require(name, lambda x: isinstance(x, int) and x >= 1, "an integer >= 1")
-        self._require("chunk_size", lambda x: x is None or (isinstance(x, int) and x >= 1), "None or an integer >= 1")
-        self._require("averaging_maximum", lambda x: 0 <= x < 1, "a number in [0, 1)")
-        T2 = self.gamma_period
-        self._require("inverse_period", lambda T3: T2 % T3 == 0, f"a divisor of gamma_period = {T2}")
+            _checks.integer(name, getattr(self, name), 1)
+        if self.chunk_size is not None:
+            _checks.integer("chunk_size", self.chunk_size, 1)
+        if self.gamma_period % self.inverse_period:
+            raise ValueError(
+                f"inverse_period is {self.inverse_period}, expected a divisor of gamma_period = {self.gamma_period}"
+            )
         return self
-
-    def _require_one_of(self, name: str, known: Iterable[str]) -> None:
-        self._require(name, lambda x: x in known, "one of " + ", ".join(map(repr, known)))
-
-    def _require(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
-        if not holds(getattr(self, name)):
-            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
     def omega1(self) -> float:

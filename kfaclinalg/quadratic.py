@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from numbers import Real
 from operator import add
 from typing import Any, NamedTuple
 
 from . import _backends, _checks
-from ._typing import ArrayT, Scalar
+from ._typing import ArrayT, Scalar, Scalars
 
 PARALLEL = 1e-10  # 1 - cos² below which a direction adds nothing to those before it
 
@@ -46,13 +47,16 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     >>> float(fit.coefficients[0]), float(fit.change)
     (0.5, -0.5)
     """
-    damping = _checks.nonnegative("damping", damping)
-    b = _backends.resolve(curvature_gram=curvature_gram, direction_gram=direction_gram, slopes=slopes)
+    grams = {"curvature_gram": curvature_gram, "direction_gram": direction_gram}
+    b = _backends.resolve(slopes=slopes, **grams)
+    _backends.operand(b, "slopes", slopes, ("k",))
     k = slopes.shape[-1]
-    for name, gram in (("curvature_gram", curvature_gram), ("direction_gram", direction_gram)):
+    for name, gram in grams.items():
         _backends.operand(b, name, gram, (k, k))
+    batches = {name: gram.shape[:-2] for name, gram in grams.items()}
+    lam = _backends.scalar(b, "damping", damping, **batches, slopes=slopes.shape[:-1])
     F, D, v = map(_backends.widest, (curvature_gram, direction_gram, slopes))
-    Q = _backends.symmetrised(F + _backends.per_member(damping) * D)
+    Q = _backends.symmetrised(F + _backends.per_member(lam if isinstance(lam, float) else _backends.widest(lam)) * D)
     finite = b.xp.all(b.xp.isfinite(Q), axis=(-2, -1)) & b.xp.all(b.xp.isfinite(v), axis=-1)
     Q = _backends.kept(finite, Q)  # the whole member is NaN then
     fit = _line_searches(b, Q, v, max(PARALLEL, 10 * k * b.eps))
@@ -70,7 +74,13 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
     >>> inner_products([d], [d, e])
     array([[7., 4.]])
     """
-    b = _backends.resolve(**{f"directions[0][{i}]": X for i, X in enumerate(directions[0])})
+    ds = _named("directions", directions)
+    es = ds if others is directions else _named("others", others)
+    b = _backends.resolve(**{name: X for d in (*ds, *es) for name, X in d.items()})
+    expected = [tuple(X.shape) for X in ds[0].values()]
+    for e in (*ds, *es):
+        if (came := [tuple(X.shape) for X in e.values()]) != expected:
+            raise ValueError(f"{next(iter(e))} and those after it have shapes {came}, expected {expected}")
 
     def product(d: Sequence[Any], e: Sequence[Any]) -> Any:
         return reduce(add, (b.xp.sum(X * Y, dtype=b.widest) for X, Y in zip(d, e, strict=True)))
@@ -80,6 +90,12 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
         known = [row[i] for row in rows] if directions is others else []  # a Gram matrix is symmetric
         rows.append([*known, *(product(d, e) for e in others[len(known) :])])
     return b.xp.stack([b.xp.stack(row) for row in rows])
+
+
+def _named(name: str, directions: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The matrices of each direction, under their names in a message."""
+    each = (_checks.items(f"{name}[{i}]", d) for i, d in enumerate(_checks.items(name, directions)))
+    return [{f"{name}[{i}][{j}]": X for j, X in enumerate(d)} for i, d in enumerate(each)]
 
 
 def _line_searches(b: _backends.Backend, Q: Any, slopes: Any, parallel: float) -> QuadraticFit:
@@ -100,28 +116,50 @@ def _line_searches(b: _backends.Backend, Q: Any, slopes: Any, parallel: float) -
     return QuadraticFit(xp.stack([row[-1] for row in rows], axis=-1) if k else slopes, change)
 
 
-def reduction_ratio(loss_before: float, loss_after: float, change: float, /) -> float:
+def reduction_ratio(loss_before: Scalars, loss_after: Scalars, change: Scalars, /) -> Scalars:
     """ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)): 1 where the model predicts the loss exactly (Section 6.5). NaN where the
-    model predicts no change. Numbers, or 0-d arrays, which are read on the host.
+    model predicts no change. Of numbers a number; where one is an array (...), an array.
+
+    Raises:
+        TypeError, ValueError: neither numbers nor arrays of one namespace, dtype and device.
 
     >>> reduction_ratio(10.0, 7.0, -4.0)
     0.75
     """
-    return float((loss_after - loss_before) / change) if change != 0 else math.nan
+    h, after, M = _scalars(loss_before=loss_before, loss_after=loss_after, change=change)
+    if isinstance(M, float):
+        return (after - h) / M if M else math.nan
+    xp = _backends.backend_of(M).xp
+    return xp.where(M == 0, math.nan, (after - h) / xp.where(M == 0, 1.0, M))
 
 
-def levenberg_marquardt(damping: float, ratio: float, /, *, omega: float) -> float:
+def levenberg_marquardt(damping: Scalars, ratio: Scalars, /, *, omega: Scalars) -> Scalars:
     """The next λ: omega * damping where ρ > 3/4, damping / omega where ρ < 1/4 or is NaN (Section 6.5).
 
+    Of numbers a number; where one is an array (...), an array, whose values are not looked at.
+
     Raises:
-        ValueError: damping is negative or omega is not in (0, 1].
+        TypeError, ValueError: as for `reduction_ratio`; damping is negative or infinite, or omega is not in (0, 1].
 
     >>> [levenberg_marquardt(1.0, ratio, omega=0.5) for ratio in (0.9, 0.5, 0.1, float("nan"))]
     [0.5, 1.0, 2.0, 2.0]
     """
-    if not 0 < omega <= 1:
-        raise ValueError(f"omega is {omega}, expected a number in (0, 1]")
-    damping = float(_checks.nonnegative("damping", damping))
-    if ratio > 0.75:
-        return omega * damping
-    return damping if ratio >= 0.25 else damping / omega
+    if isinstance(damping, Real):
+        _checks.nonnegative("damping", damping)
+    if isinstance(omega, Real):
+        _checks.fraction("omega", omega, "(0, 1]")
+    lam, rho, omega1 = _scalars(damping=damping, ratio=ratio, omega=omega)
+    if isinstance(rho, float):
+        return omega1 * lam if rho > 0.75 else lam if rho >= 0.25 else lam / omega1
+    xp = _backends.backend_of(rho).xp
+    return xp.where(rho > 0.75, omega1 * lam, xp.where(rho >= 0.25, lam, lam / omega1))
+
+
+def _scalars(**xs: Any) -> list[Any]:
+    """All of them floats or, where one is an array, all of them arrays of its backend."""
+    arrays = {name: x for name, x in xs.items() if not isinstance(x, Real)}
+    if not arrays:
+        return [_checks.number(name, x) for name, x in xs.items()]
+    b = _backends.resolve(**arrays)
+    _checks.check_batches(**{name: tuple(x.shape) for name, x in arrays.items()})
+    return [x if name in arrays else b.zeros() + _checks.number(name, x) for name, x in xs.items()]

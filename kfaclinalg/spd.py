@@ -53,11 +53,12 @@ def solve(M: ArrayT, X: ArrayT, /) -> ArrayT:
     array([0.25, 2.  ])
     """
     b = _matrix(M)
-    if X.ndim == 1:
+    Y = _backends.operand(b, "X", X, ())
+    if Y.ndim == 1:
         return solve(M, X[:, None])[..., 0]
-    _checks.check_batches(M=M.shape[:-2], X=X.shape[:-2])
-    X_wide = _backends.operand(b, "X", X, (M.shape[-1], X.shape[-1]))
-    return _backends.narrowed(_backends.solve(M, X_wide), X.dtype)
+    _backends.operand(b, "X", Y, (M.shape[-1], "k"))
+    _checks.check_batches(M=M.shape[:-2], X=Y.shape[:-2])
+    return _backends.narrowed(_backends.solve(M, Y), X.dtype)
 
 
 def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
@@ -71,9 +72,9 @@ def inverse_root(M: ArrayT, p: float, /) -> ArrayT:
     array([[0.5, 0. ],
            [0. , 2. ]])
     """
-    _checks.check_positive("p", p)
+    p = _checks.positive("p", p)
     _matrix(M)
-    return _backends.inverse_root(M, float(p))
+    return _backends.inverse_root(M, p)
 
 
 def logdet(M: ArrayT, /) -> ArrayT:
@@ -91,7 +92,7 @@ def logdet(M: ArrayT, /) -> ArrayT:
 
 
 def newton_schulz_inverse(
-    M: ArrayT, start: ArrayT | None = None, /, *, iterations: int = 32, tolerance: float | None = None
+    M: ArrayT, /, start: ArrayT | None = None, *, iterations: int = 32, tolerance: float | None = None
 ) -> ArrayT:
     """M⁻¹ (..., n, n) by X <- X (2 I - M X) (Pan & Schreiber 1991; the end of Section 8). Symmetric up to rounding.
 
@@ -108,22 +109,13 @@ def newton_schulz_inverse(
     array([[0.25]])
     """
     b = _matrix(M)
-    tolerance = _newton_schulz_options(b, M, start, iterations, tolerance)
-    return _newton_schulz.inverse(b, M, start, iterations, tolerance)
-
-
-def _newton_schulz_options(
-    b: _backends.Backend, M: Array, start: Array | None, iterations: int, tolerance: float | None
-) -> float:
     if start is not None:
         _backends.resolve(M=M, start=start)
         _backends.operand(b, "start", start, M.shape[-2:])
         _checks.check_batches(M=M.shape[:-2], start=start.shape[:-2])
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}, expected an integer >= 0")
-    tolerance = b.eps**0.5 if tolerance is None else tolerance
-    _checks.check_positive("tolerance", tolerance)
-    return float(tolerance)
+    iterations = _checks.integer("iterations", iterations, 0)
+    tolerance = b.eps**0.5 if tolerance is None else _checks.positive("tolerance", tolerance)
+    return _newton_schulz.inverse(b, M, start, iterations, tolerance)
 
 
 def _matrix(M: Array) -> _backends.Backend:

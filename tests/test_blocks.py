@@ -73,9 +73,9 @@ def test_a_failing_block_leaves_the_others(b):
 
 def test_mistakes_are_refused():
     block = Kronecker(np.eye(1), np.eye(1))
-    with pytest.raises(ValueError, match="expected a tuple of one operator or more"):
+    with pytest.raises(ValueError, match="blocks has 0 items, expected one or more"):
         BlockDiagonal(())
-    with pytest.raises(ValueError, match="got 2 matrices, expected 1, one a block"):
+    with pytest.raises(ValueError, match="Vs has 2 items, expected 1"):
         BlockDiagonal((block,)) @ (np.ones((1, 1)), np.ones((1, 1)))
     with pytest.raises(ValueError, match=r"V has shape \(2, 1\)"):
         BlockDiagonal((block,)) @ (np.ones((2, 1)),)

@@ -150,24 +150,24 @@ OLD, LINKED = batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2, l
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: batch_factors([ONE], []), "got 1 inputs and 0 output_gradients"),
-        (lambda: batch_factors([], []), "got 0 inputs"),
+        (lambda: batch_factors([ONE], []), "output_gradients has 0 items, expected 1"),
+        (lambda: batch_factors([], []), "inputs has 0 items"),
         (lambda: batch_factors([ONE], [ONE[:1]]), r"output_gradients\[0\] has shape \(1, 1\), expected .* same N > 0"),
         (lambda: batch_factors([ONE[:0]], [ONE[:0]]), r"inputs\[0\] has shape \(0, 1\)"),
         (lambda: batch_factors([ONE[:, 0]], [ONE]), r"inputs\[0\] has shape \(2,\)"),
         (lambda: homogeneous(ONE[:, 0]), r"a has shape \(2,\), expected \(\.\.\., N, d\)"),
-        (lambda: moving_average(None, Factors(()), decay=1.5), r"decay is 1.5, expected a number in \[0, 1\]"),
+        (lambda: moving_average(None, OLD, decay=1.5), r"decay is 1.5, expected a number in \[0, 1\]"),
         (lambda: update_factors(OLD, [ONE], [ONE], decay=-0.5), r"decay is -0.5, expected a number in \[0, 1\]"),
         (lambda: update_factors(None, [ONE], [ONE], decay=1.5), "decay is 1.5"),
         (
             lambda: update_factors(OLD, [ONE] * 2, [ONE] * 2, decay=0.5),
-            r"the layers of old have shapes \[\(1, 1\), .*as the b",
+            r"old has shapes \[\(1, 1\), .*those of the b",
         ),
         (
             lambda: update_factors(OLD, [np.ones((2, 3))], [ONE], decay=0.5),
-            r"expected \[\(3, 3\), \(1, 1\)\], as the batch",
+            r"expected \[\(3, 3\), \(1, 1\)\], those of the batch",
         ),
-        (lambda: update_factors(LINKED, [ONE], [ONE], decay=0.5), "the layers of old have"),
+        (lambda: update_factors(LINKED, [ONE], [ONE], decay=0.5), "old has shapes"),
         (
             lambda: moving_average(batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2), decay=0.5),
             "new has",

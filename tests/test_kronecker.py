@@ -276,7 +276,7 @@ def test_values_travel():
         (TypeError, lambda P: Kronecker(Diagonal(np.ones(2)), torch.eye(2)), "B is an array of"),
         (ValueError, lambda P: Kronecker(Diagonal(np.ones((2, 1))), np.ones((3, 1, 1))), r"B has batch shape \(3,\)"),
         (ValueError, lambda P: Kronecker(Diagonal(np.ones(2)), np.eye(2)) @ np.ones((3, 2)), "V has shape"),
-        (ValueError, lambda P: Diagonal(np.ones(2)).inverse_root(0), "p is 0, expected a number > 0"),
+        (ValueError, lambda P: Diagonal(np.ones(2)).inverse_root(0), "p is 0, expected a finite number > 0"),
     ],
 )
 def test_mistakes_are_refused(error, call, message):

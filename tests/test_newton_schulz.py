@@ -161,7 +161,11 @@ def test_batches_of_starts_broadcast(b):
         (ValueError, lambda: newton_schulz_inverse(np.eye(2), np.eye(3)), r"start has shape \(3, 3\), expected"),
         (ValueError, lambda: newton_schulz_inverse(np.ones((2, 1, 1)), np.ones((3, 1, 1))), r"start has batch shape"),
         (ValueError, lambda: newton_schulz_inverse(np.eye(2), iterations=-1), "iterations is -1, expected an integer"),
-        (ValueError, lambda: newton_schulz_inverse(np.eye(2), tolerance=0), "tolerance is 0, expected a number > 0"),
+        (
+            ValueError,
+            lambda: newton_schulz_inverse(np.eye(2), tolerance=0),
+            "tolerance is 0, expected a finite",
+        ),
         (ValueError, lambda: newton_schulz_inverse(np.eye(2), tolerance=np.nan), "tolerance is nan"),
         (TypeError, lambda: newton_schulz_inverse(np.eye(2), torch.eye(2)), "start is an array of .*torch"),
         (

@@ -32,7 +32,7 @@ def test_the_defaults_are_the_contract():
         ("damping_period", 0, "an integer >= 1"),
         ("gamma_period", 2.5, "an integer >= 1"),
         ("inverse_period", 7, "a divisor of gamma_period = 20"),
-        ("chunk_size", 0, "None or an integer >= 1"),
+        ("chunk_size", 0, "an integer >= 1"),
         ("averaging_maximum", 1.0, "a number in [0, 1)"),
     ],
 )

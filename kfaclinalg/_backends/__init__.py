@@ -18,9 +18,6 @@ from .config import show_config
 from .door import (
     NAN,
     Backend,
-    LinAlgError,
-    all_finite,
-    assert_finite,
     backend_of,
     narrowed,
     operand,
@@ -28,6 +25,7 @@ from .door import (
     resolve,
     widest,
 )
+from .finiteness import LinAlgError, all_finite, assert_finite
 from .home import may_read
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
@@ -50,6 +48,7 @@ from .routines import (
     substituted,
     updated_moment,
 )
+from .scalars import floating, scalar, weight
 from .stacking import each
 
 __all__ = [
@@ -65,6 +64,7 @@ __all__ = [
     "conditional",
     "each",
     "eigh",
+    "floating",
     "forward_substitution",
     "general_inverse",
     "inverse",
@@ -86,11 +86,13 @@ __all__ = [
     "product",
     "reciprocal",
     "resolve",
+    "scalar",
     "shifted",
     "show_config",
     "solve",
     "substituted",
     "symmetrised",
     "updated_moment",
+    "weight",
     "widest",
 ]

@@ -30,7 +30,7 @@ def moment(x: Array) -> Array:
 
 
 @routine(single=single.updated_moment, rule=rank_n_goes_to_blas)
-def updated_moment(C: Array, x: Array, decay: float) -> Array:
+def updated_moment(C: Array, x: Array, decay: Scalar) -> Array:
     """decay C + (1 - decay) xᵀx / N for symmetric C, exactly symmetric if C is."""
     return decay * C + (1 - decay) * moment(x)
 

@@ -1,0 +1,45 @@
+"""The door for numbers: a damping, a weight in an average, a count; Python's are checked, those of arrays not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from .._checks import check_batches, fraction, nonnegative
+from .._typing import Array, Scalar
+from .door import Backend, check_place, namespace_of, narrowed, operand
+
+
+def scalar(
+    b: Backend, name: str, x: Any, check: Callable[[str, Any], float] = nonnegative, /, **batches: tuple[int, ...]
+) -> Scalar:
+    """A Python number that passes `check`, or an array (...) that fits the others, its values unseen."""
+    if isinstance(x, Real):
+        return check(name, x)
+    if getattr(x, "weak_type", False):  # what JAX makes of a Python number
+        x = b.xp.astype(x, b.dtype)
+    x = operand(b, name, x, ())
+    check_batches(**batches, **{name: tuple(x.shape)})
+    return x
+
+
+def floating(name: str, x: Array) -> Array:
+    """Numbers of an array, integers among them, as floating-point ones."""
+    xp = namespace_of(name, x)
+    if not xp.isdtype(x.dtype, ("integral", "real floating")):
+        raise TypeError(f"{name} has dtype {x.dtype}, expected one of integers or of real floating-point numbers")
+    if xp.isdtype(x.dtype, "real floating"):
+        return x
+    return xp.astype(x, xp.__array_namespace_info__().default_dtypes()["real floating"])
+
+
+def weight(b: Backend, name: str, x: Any) -> Scalar:
+    """A number in [0, 1] as a float, or a 0-d array of any real dtype in the backend's, its value unseen."""
+    if isinstance(x, Real):
+        return fraction(name, x)
+    x = floating(name, x)
+    if x.ndim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected a number or a 0-d array")
+    check_place(b, name, x)
+    return narrowed(x, b.dtype)
