@@ -31,8 +31,9 @@ def shapes(inputs: Sequence[Array], output_gradients: Sequence[Array], linked: o
 
 def check_batch(inputs: Sequence[Array], output_gradients: Sequence[Array]) -> _backends.Backend:
     """Of the inputs and the output gradients, which must be of as many layers, and of the same examples."""
-    a = _checks.items("inputs", inputs)
-    g = _checks.items("output_gradients", output_gradients, len(a))
+    a, g = _checks.items("inputs", inputs), _checks.items("output_gradients", output_gradients)
+    if len(a) != len(g):
+        raise ValueError(f"got {len(a)} inputs and {len(g)} output_gradients, expected one of each a layer")
     named = {f"inputs[{i}]": x for i, x in enumerate(a)} | {f"output_gradients[{i}]": x for i, x in enumerate(g)}
     b = _backends.resolve(**named)
     N = a[0].shape[-2] if a[0].ndim > 1 else 0

@@ -95,7 +95,7 @@ def averaging_decay(iteration: Scalars, /, *, maximum: float = 0.95) -> Scalars:
     bound = _checks.fraction("maximum", maximum)
     if isinstance(iteration, Real):
         return min(1 - 1 / _checks.integer("iteration", iteration, 1), bound)
-    k = _backends.floating("iteration", iteration)
+    k = _backends.count("iteration", iteration)
     epsilon = 1 - 1 / k
     return _backends.backend_of(k).xp.where(epsilon < bound, epsilon, bound)
 

@@ -48,11 +48,11 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     (0.5, -0.5)
     """
     grams = {"curvature_gram": curvature_gram, "direction_gram": direction_gram}
-    b = _backends.resolve(slopes=slopes, **grams)
-    _backends.operand(b, "slopes", slopes, ("k",))
-    k = slopes.shape[-1]
-    for name, gram in grams.items():
-        _backends.operand(b, name, gram, (k, k))
+    b = _backends.resolve(**grams, slopes=slopes)
+    _checks.check_square(**grams)
+    k = curvature_gram.shape[-1]
+    _backends.operand(b, "direction_gram", direction_gram, (k, k))
+    _backends.operand(b, "slopes", slopes, (k,))
     batches = {name: gram.shape[:-2] for name, gram in grams.items()}
     lam = _backends.scalar(b, "damping", damping, **batches, slopes=slopes.shape[:-1])
     F, D, v = map(_backends.widest, (curvature_gram, direction_gram, slopes))
@@ -80,7 +80,7 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
     expected = [tuple(X.shape) for X in ds[0].values()]
     for e in (*ds, *es):
         if (came := [tuple(X.shape) for X in e.values()]) != expected:
-            raise ValueError(f"{next(iter(e))} and those after it have shapes {came}, expected {expected}")
+            raise ValueError(f"{next(iter(e))}, ... have shapes {came}, expected {expected}, those of directions[0]")
 
     def product(d: Sequence[Any], e: Sequence[Any]) -> Any:
         return reduce(add, (b.xp.sum(X * Y, dtype=b.widest) for X, Y in zip(d, e, strict=True)))

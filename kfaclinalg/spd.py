@@ -53,7 +53,7 @@ def solve(M: ArrayT, X: ArrayT, /) -> ArrayT:
     array([0.25, 2.  ])
     """
     b = _matrix(M)
-    Y = _backends.operand(b, "X", X, ())
+    Y = _backends.operand(b, "X", X, (), "M")
     if Y.ndim == 1:
         return solve(M, X[:, None])[..., 0]
     _backends.operand(b, "X", Y, (M.shape[-1], "k"))

@@ -150,7 +150,7 @@ OLD, LINKED = batch_factors([ONE], [ONE]), batch_factors([ONE] * 2, [ONE] * 2, l
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: batch_factors([ONE], []), "output_gradients has 0 items, expected 1"),
+        (lambda: batch_factors([ONE], []), "output_gradients has 0 items"),
         (lambda: batch_factors([], []), "inputs has 0 items"),
         (lambda: batch_factors([ONE], [ONE[:1]]), r"output_gradients\[0\] has shape \(1, 1\), expected .* same N > 0"),
         (lambda: batch_factors([ONE[:0]], [ONE[:0]]), r"inputs\[0\] has shape \(0, 1\)"),

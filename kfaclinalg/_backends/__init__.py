@@ -48,7 +48,7 @@ from .routines import (
     substituted,
     updated_moment,
 )
-from .scalars import floating, scalar, weight
+from .scalars import count, scalar, weight
 from .stacking import each
 
 __all__ = [
@@ -62,9 +62,9 @@ __all__ = [
     "cholesky",
     "completed",
     "conditional",
+    "count",
     "each",
     "eigh",
-    "floating",
     "forward_substitution",
     "general_inverse",
     "inverse",

@@ -61,18 +61,18 @@ def resolve(**arrays: Array) -> Backend:
         raise TypeError(f"{first} has dtype {x.dtype}, expected float32 or float64")
     b = Backend(xp, kind, x.dtype, place)
     for name, y in rest:
-        check_place(b, name, y)
+        check_place(b, name, y, first)
         if y.dtype != x.dtype:
             raise TypeError(f"{name} has dtype {y.dtype}, expected {x.dtype}, the dtype of {first}")
     return b
 
 
-def operand(b: Backend, name: str, x: Array, core: tuple[int | str, ...]) -> Array:
+def operand(b: Backend, name: str, x: Array, core: tuple[int | str, ...], like: str = "the others") -> Array:
     """`x` (..., *core) in the backend's dtype: float16 and bfloat16 are widened, anything else must fit.
 
-    A letter in `core` stands for any size.
+    A letter in `core` stands for any size; `like` is who else is of this backend.
     """
-    check_place(b, name, x)
+    check_place(b, name, x, like)
     half = x.dtype != b.dtype and str(x.dtype).rpartition(".")[2] in ("float16", "bfloat16")
     if not half and x.dtype != b.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {b.dtype}, float16 or bfloat16")
@@ -130,12 +130,13 @@ def _namespace(name: str, x: Any) -> tuple[Namespace, str]:
     return xp, kind
 
 
-def check_place(b: Backend, name: str, x: Array) -> None:
+def check_place(b: Backend, name: str, x: Array, like: str = "the others") -> None:
+    """x must be of the namespace and on the device of `like`."""
     xp, _, place = _origin(name, x)
     if xp is not b.xp:
-        raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as the others are")
+        raise TypeError(f"{name} is an array of {xp.__name__}, expected one of {b.xp.__name__}, as {like}")
     if place != b.device and (b.kind != "jax" or None not in (place, b.device)):
-        raise ValueError(f"{name} is on device {place}, expected {b.device}, as the others are")
+        raise ValueError(f"{name} is on device {place}, expected {b.device}, as {like}")
 
 
 def picked(x: Array, indices: Sequence[int]) -> Array:

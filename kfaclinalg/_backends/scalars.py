@@ -24,22 +24,21 @@ def scalar(
     return x
 
 
-def floating(name: str, x: Array) -> Array:
-    """Numbers of an array, integers among them, as floating-point ones."""
-    xp = namespace_of(name, x)
-    if not xp.isdtype(x.dtype, ("integral", "real floating")):
-        raise TypeError(f"{name} has dtype {x.dtype}, expected one of integers or of real floating-point numbers")
-    if xp.isdtype(x.dtype, "real floating"):
-        return x
-    return xp.astype(x, xp.__array_namespace_info__().default_dtypes()["real floating"])
-
-
 def weight(b: Backend, name: str, x: Any) -> Scalar:
-    """A number in [0, 1] as a float, or a 0-d array of any real dtype in the backend's, its value unseen."""
+    """A number in [0, 1] as a float, or a 0-d array of any floating-point dtype in the backend's, its value unseen."""
     if isinstance(x, Real):
         return fraction(name, x)
-    x = floating(name, x)
-    if x.ndim:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected a number or a 0-d array")
     check_place(b, name, x)
+    if x.ndim or not b.xp.isdtype(x.dtype, "real floating"):
+        raise TypeError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected a number or a 0-d array")
     return narrowed(x, b.dtype)
+
+
+def count(name: str, x: Any) -> Array:
+    """An array (...) of integers, or of whole floating-point numbers, as floating-point ones; its values unseen."""
+    xp = namespace_of(name, x)
+    if xp.isdtype(x.dtype, "real floating"):
+        return x
+    if not xp.isdtype(x.dtype, "integral"):
+        raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
+    return xp.astype(x, xp.__array_namespace_info__().default_dtypes()["real floating"])
