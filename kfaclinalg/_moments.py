@@ -9,6 +9,7 @@ from . import _backends, _checks
 from ._typing import Array
 
 
+@_backends.in_full_precision
 def cross(x: Array, y: Array) -> Array:
     """xᵀy / N."""
     return (x.mT @ y) / x.shape[-2]

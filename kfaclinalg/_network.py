@@ -7,6 +7,7 @@ from typing import Any
 
 from . import _backends, _checks
 from ._sides import resolve_sides
+from ._typing import Array
 from .factors import Factors, LayerFactors, Link
 
 
@@ -32,3 +33,14 @@ def check_links(layers: Sequence[LayerFactors], links: Any) -> None:
             b = _backends.resolve(**dict(zip(names, (M, above, X), strict=True)))
             _backends.operand(b, at, X, (M.shape[-1], above.shape[-1]))
             _checks.check_batches(**{name: tuple(Y.shape[:-2]) for name, Y in zip(names, (M, above, X), strict=True)})
+
+
+def check_problem(problem: object, weights: Sequence[Array]) -> None:
+    """Whatever has the methods of a `Problem`, and one matrix a layer."""
+    for name in ("loss_and_gradient", "factors", "curvature_gram", "loss"):
+        if not callable(getattr(problem, name, None)):
+            raise TypeError(f"problem is a {_checks.class_of(problem)}, expected a Problem, which has a method {name}")
+    held = {f"weights[{i}]": W for i, W in enumerate(_checks.items("weights", weights))}
+    b = _backends.resolve(**held)
+    for name, W in held.items():
+        _backends.operand(b, name, W, ("m", "n"))

@@ -6,6 +6,7 @@ from . import _backends
 from ._typing import Array, ArrayT
 
 
+@_backends.in_full_precision
 def inverse(b: _backends.Backend, M: ArrayT, start: Array | None, iterations: int, tolerance: float) -> ArrayT:
     """X <- X (2 I - M X), NaN for a member that ends with ‖I - M X‖_F above `tolerance`."""
     xp, I = b.xp, b.eye(M.shape[-1])

@@ -11,6 +11,7 @@ OVERSAMPLING = 5  # columns beyond the rank: they speed up the convergence, and 
 PRIME, MULTIPLIER = 32749, 20239  # below 2^15, so that products fit int32; their ratio is the golden one
 
 
+@_backends.in_full_precision
 def dominant_eigenpairs(b: _backends.Backend, M: Any, rank: int, iterations: int, start: Any | None) -> tuple[Any, Any]:
     """U (..., n, rank) with orthonormal columns and s (..., rank), in descending magnitude. NaN where M is not finite.
 

@@ -8,7 +8,7 @@ from functools import partial, reduce
 from operator import add, mul
 from typing import Any, NamedTuple, Protocol
 
-from . import _backends, _checks
+from . import _backends, _checks, _network
 from .averages import averaging_decay, moving_average
 from .curvature import STRUCTURES
 from .factors import Factors
@@ -92,8 +92,7 @@ def kfac_step(
         state: what the last step returned; None starts afresh.
 
     Raises:
-        TypeError, ValueError: an option is wrong (seen when starting afresh), an argument is of another kind, or arrays
-            do not fit each other.
+        TypeError, ValueError: a wrong option (seen when starting afresh) or argument, or arrays that do not fit.
 
     >>> import numpy as np
     >>> from kfaclinalg_mlp import MLP
@@ -103,7 +102,9 @@ def kfac_step(
     >>> info.loss, bool(problem.loss(weights) < 1e-9)  # one exact step solves least squares
     (2.25, True)
     """
-    _check_step(problem, weights, state, options)
+    _checks.check_class("options", options, KFACOptions)
+    _checks.check_class("state", state, KFACState, type(None))
+    _network.check_problem(problem, weights)
     state = _start(options) if state is None else state
     k, eta = state.iteration + 1, options.weight_decay
     h, gradient = problem.loss_and_gradient(weights)
@@ -137,19 +138,6 @@ def kfac_step(
         return weights, _more_damped(state, options, info), no_step
     update = step.update if options.momentum == "quadratic-model" else None
     return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2), info
-
-
-def _check_step(problem: Any, weights: Any, state: Any, options: Any) -> None:
-    _checks.check_class("options", options, KFACOptions)
-    if state is not None:
-        _checks.check_class("state", state, KFACState)
-    for name in ("loss_and_gradient", "factors", "curvature_gram", "loss"):
-        if not callable(getattr(problem, name, None)):
-            raise TypeError(f"problem is a {_checks.class_of(problem)}, expected a Problem, which has a method {name}")
-    held = {f"weights[{i}]": W for i, W in enumerate(_checks.items("weights", weights))}
-    b = _backends.resolve(**held)
-    for name, W in held.items():
-        _backends.operand(b, name, W, ("m", "n"))
 
 
 def _start(options: KFACOptions) -> KFACState:
@@ -209,6 +197,6 @@ def _refusal(loss: float, statistics: Factors, step: _Step) -> str:
 
 
 def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo) -> KFACState:
-    """The state as it was, with a larger λ; a larger γ too where a new inverse may be at fault."""
+    """The state with a larger λ, and a larger γ where a new inverse may be at fault."""
     gamma = state.gamma / options.omega2 if info.refreshed and info.refused == NO_UPDATE else state.gamma
     return state._replace(damping=state.damping / options.omega1, gamma=gamma)

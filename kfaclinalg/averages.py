@@ -107,7 +107,12 @@ def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: Scalar) -> Itera
 def _arrays(name: str, factors: Factors) -> dict[str, Array]:
     """What the factors hold, under its name in a message."""
     _checks.check_class(name, factors, Factors)
-    pairs = {f"{name}.layers[{i}]": pair for i, pair in enumerate(_checks.items(f"{name}.layers", factors.layers))}
-    if factors.links != ():
-        pairs |= {f"{name}.links[{i}]": pair for i, pair in enumerate(_checks.items(f"{name}.links", factors.links))}
-    return {f"{at}.{s}": M for at, pair in pairs.items() for s, M in zip("AG", _checks.items(at, pair, 2), strict=True)}
+    found: dict[str, Array] = {}
+    for kind in ("layers", "links"):
+        pairs = getattr(factors, kind)
+        for i, pair in enumerate(() if pairs == () else _checks.items(f"{name}.{kind}", pairs)):
+            at = f"{name}.{kind}[{i}]"
+            found |= {f"{at}.{side}": M for side, M in zip("AG", _checks.items(at, pair, 2), strict=True)}
+    if not found:
+        raise ValueError(f"{name} has neither layers nor links")
+    return found

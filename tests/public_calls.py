@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 import kfaclinalg as kl
@@ -346,7 +347,18 @@ def with_options():
                 {"Vs": "matrices"},
             )
     for name, made in (SIDES | OPERATORS | NETWORKS).items():
-        yield Call(f"{name}.astype", method(made, "astype"), lambda b, made=made: {"self": made(b)}, {})
+        yield Call(
+            f"{name}.astype",
+            method(made, "astype"),
+            lambda b, made=made: {"self": made(b), "dtype": b.array(1.0).dtype},
+            {"dtype": "object"},
+        )
+        yield Call(
+            f"{name}.to_device",
+            method(made, "to_device"),
+            lambda b, made=made: {"self": made(b), "device": array_api_compat.device(b.array(1.0))},
+            {"device": "object"},
+        )
         yield Call(
             f"{name}.to_namespace",
             lambda self, xp: self.to_namespace(xp),

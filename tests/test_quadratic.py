@@ -156,7 +156,7 @@ def test_levenberg_marquardt(ratio, factor):
         (lambda: levenberg_marquardt(-1.0, 1.0, omega=0.5), "damping is -1.0"),
         (lambda: fit_quadratic(np.eye(2), np.eye(2), np.ones(2), -1), "damping is -1"),
         (lambda: fit_quadratic(np.eye(2), np.eye(3), np.ones(2), 1), r"direction_gram has shape \(3, 3\), expected"),
-        (lambda: fit_quadratic(np.eye(2), np.eye(2), np.ones(3), 1), r"curvature_gram has shape \(2, 2\), expected"),
+        (lambda: fit_quadratic(np.eye(2), np.eye(2), np.ones(3), 1), r"slopes has shape \(3,\), expected"),
     ],
 )
 def test_mistakes_are_refused(call, message):

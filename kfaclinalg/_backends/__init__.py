@@ -10,10 +10,10 @@ routine has one body in the array API's terms; another one stands here where a m
 | cholesky, inverse, solve, general_inverse, completed | x | x | | | |
 | inverse_of_factor | | x | | | |
 | forward_substitution, back_substitution | x | x | x | x | x |
-| substituted, inverse_root, logdet, eigh, log_abs_det, pencil | x | | | | |
+| substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | |
 """
 
-from .composed import completed, conditional, left_singular, pencil
+from .composed import completed, conditional, left_singular, pencil, pencil_values
 from .config import show_config
 from .door import (
     NAN,
@@ -26,12 +26,13 @@ from .door import (
     widest,
 )
 from .finiteness import LinAlgError, all_finite, assert_finite
-from .home import may_read
+from .home import in_full_precision, may_read
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
     back_substitution,
     cholesky,
     eigh,
+    eigvalsh,
     forward_substitution,
     general_inverse,
     inverse,
@@ -65,8 +66,10 @@ __all__ = [
     "count",
     "each",
     "eigh",
+    "eigvalsh",
     "forward_substitution",
     "general_inverse",
+    "in_full_precision",
     "inverse",
     "inverse_of_factor",
     "inverse_root",
@@ -81,6 +84,7 @@ __all__ = [
     "nonsingular",
     "operand",
     "pencil",
+    "pencil_values",
     "per_member",
     "picked",
     "product",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .._typing import Array
-from . import frameworks, single
+from . import frameworks, single, spectra
 from .door import backend_of
-from .home import routine
+from .home import in_full_precision, routine
 from .members import kept, symmetrised
-from .routines import back_substitution, cholesky, eigh, forward_substitution
+from .routines import back_substitution, cholesky, eigh, eigvalsh, forward_substitution
 
 
-@routine(single=single.pencil)
+@routine(single=spectra.pencil)
 def pencil(M: Array, N: Array) -> tuple[Array, Array]:
     """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric.
 
@@ -22,6 +22,15 @@ def pencil(M: Array, N: Array) -> tuple[Array, Array]:
     return back_substitution(L, E), s
 
 
+@routine(single=spectra.pencil_values)
+def pencil_values(M: Array, N: Array) -> Array:
+    """s alone."""
+    L = cholesky(M)
+    half = forward_substitution(L, symmetrised(N))
+    return eigvalsh(forward_substitution(L, half.mT))
+
+
+@in_full_precision
 def conditional(M: Array, above: Array, X: Array) -> tuple[Array, Array, Array]:
     """Psi = X above⁻¹, and K and s with Kᵀ M K = I and Kᵀ (Psi above Psiᵀ) K = diag(s), for a link X (..., n, k).
 
@@ -34,7 +43,7 @@ def conditional(M: Array, above: Array, X: Array) -> tuple[Array, Array, Array]:
 
 
 def left_singular(R: Array) -> tuple[Array, Array]:
-    """E orthogonal (..., n, n) and s (..., n) in [0, 1] with R Rᵀ = E diag(s) Eᵀ, for R (..., n, k) with ‖R‖ <= 1.
+    """E orthogonal (..., n, n) and s (..., n), none below 0, with R Rᵀ = E diag(s) Eᵀ, for R (..., n, k).
 
     By the smaller of the two Gram matrices: R Rᵀ of a wide layer is of low rank, with hundreds of eigenvalues that are
     zero up to rounding, on which float32 routines have been seen not to converge.
@@ -49,7 +58,7 @@ def left_singular(R: Array) -> tuple[Array, Array]:
         finite = xp.all(xp.isfinite(s), axis=-1)
         E = kept(finite, completed(xp.where(finite[..., None, None], R @ F, 1.0)))  # R F has orthogonal columns
         s = xp.concat([s, b.zeros(*s.shape[:-1], n - k)], axis=-1)
-    return E, xp.clip(s, 0.0, 1.0)
+    return E, xp.where(s < 0, 0.0, s)
 
 
 @routine(single=single.completed, torch=frameworks.completed_by_torch)

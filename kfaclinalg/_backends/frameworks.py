@@ -11,7 +11,7 @@ from .._checks import common_batch
 from .._typing import Scalar
 from .door import NAN, backend_of
 from .home import may_read
-from .members import per_member, proper_inverse, symmetrised, verified
+from .members import definite_inverse, has_pivots, per_member, proper_inverse, symmetrised, verified
 
 Tensor: TypeAlias = Any  # torch's, JAX's, CuPy's or NumPy's
 
@@ -32,7 +32,8 @@ def cholesky_by_torch(M: Tensor) -> Tensor:
     L, info = torch.linalg.cholesky_ex(M)
     if not M.is_cpu:
         return verified(L, M)
-    accepted = (info == 0) & (torch.diagonal(L, dim1=-2, dim2=-1) < math.inf).all(-1)
+    pivots: Any = torch.diagonal(L, dim1=-2, dim2=-1)
+    accepted = (info == 0) & (pivots < math.inf).logical_and(has_pivots(L, torch.diagonal(M, dim1=-2, dim2=-1))).all(-1)
     if may_read(L) and bool(accepted.all()):
         return L
     return L.masked_fill(~accepted[..., None, None], NAN)
@@ -40,7 +41,7 @@ def cholesky_by_torch(M: Tensor) -> Tensor:
 
 def inverse_by_torch(M: Tensor) -> Tensor:
     """M⁻¹ by the two routines that torch has for it."""
-    return inverse_of_factor_by_torch(cholesky_by_torch(M))
+    return definite_inverse(M, inverse_of_factor_by_torch(cholesky_by_torch(M)))
 
 
 def inverse_of_factor_by_torch(L: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ derivative, a transformation, a trace, a subclass, several processes. Each libra
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .door import kind_of
 from .processor import is_intel
 
 Body = Callable[..., Any]
+F = TypeVar("F", bound=Body)
 WATCHERS = ("FuncTorchDynamicLayerFrontMode", "Python")  # torch.func, a TorchDispatchMode
 
 
@@ -55,6 +57,7 @@ def routine(
     """
 
     def chosen(standard: Body) -> Body:
+        @in_full_precision
         @wraps(standard)
         def run(*args: Any) -> Any:
             kind = kind_of(args[0])
@@ -70,6 +73,20 @@ def routine(
         return run
 
     return chosen
+
+
+def in_full_precision(f: F) -> F:
+    """f outside of torch's autocast, which would take its products in half precision."""
+
+    @wraps(f)
+    def run(*args: Any, **options: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return f(*args, **options)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return f(*args, **options)
+
+    return cast(F, run)
 
 
 def is_watched() -> bool:

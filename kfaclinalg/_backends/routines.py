@@ -11,10 +11,10 @@ from functools import reduce
 from operator import matmul
 
 from .._typing import Array, Scalar
-from . import frameworks, single
+from . import frameworks, single, spectra
 from .door import NAN, backend_of
 from .home import rank_n_goes_to_blas, routine
-from .members import each_member, kept, per_member, proper_inverse, symmetrised, verified
+from .members import UNCERTAIN, definite_inverse, each_member, kept, per_member, proper_inverse, symmetrised, verified
 
 
 @routine(single=single.product)
@@ -107,7 +107,7 @@ def inverse_of_factor(L: Array) -> Array:
 @routine(single=single.inverse, torch=frameworks.inverse_by_torch)
 def inverse(M: Array) -> Array:
     """M⁻¹, exactly symmetric."""
-    return inverse_of_factor(cholesky(M))
+    return definite_inverse(M, inverse_of_factor(cholesky(M)))
 
 
 @routine(single=single.solve, torch=frameworks.solve_by_torch)
@@ -117,12 +117,15 @@ def solve(M: Array, X: Array) -> Array:
     return back_substitution(L, forward_substitution(L, X))
 
 
-@routine(single=single.inverse_root)
+@routine(single=spectra.inverse_root)
 def inverse_root(M: Array, p: float) -> Array:
     """M^(-1/p), exactly symmetric."""
+    if M.shape[-1] == 0:
+        return M
     w, Q = eigh(M)
-    xp = backend_of(M).xp
-    K = Q * kept(xp.all(w > 0, axis=-1), w, 1)[..., None, :] ** (-0.5 / p)
+    b = backend_of(M)
+    positive = w[..., 0] > UNCERTAIN * b.eps * w[..., -1]  # of either sign
+    K = Q * kept(positive, w, 1)[..., None, :] ** (-0.5 / p)
     return symmetrised(K @ K.mT)
 
 
@@ -133,7 +136,7 @@ def logdet(M: Array) -> Array:
     return 2 * xp.sum(xp.log(xp.linalg.diagonal(cholesky(M))), axis=-1)
 
 
-@routine(single=single.eigh)
+@routine(single=spectra.eigh)
 def eigh(M: Array) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors, NaN for a member that has a NaN or infinity or does not converge.
 
@@ -143,6 +146,16 @@ def eigh(M: Array) -> tuple[Array, Array]:
     finite = b.xp.all(b.xp.isfinite(M), axis=(-2, -1))
     w, Q = each_member(b, b.xp.linalg.eigh, b.xp.where(finite[..., None, None], M, b.eye(M.shape[-1])))
     return kept(finite, w, 1), kept(finite, Q)
+
+
+@routine(single=spectra.eigvalsh)
+def eigvalsh(M: Array) -> Array:
+    """The eigenvalues alone, NaN as in `eigh`."""
+    b, M = backend_of(M), symmetrised(M)
+    finite = b.xp.all(b.xp.isfinite(M), axis=(-2, -1))
+    safe = b.xp.where(finite[..., None, None], M, b.eye(M.shape[-1]))
+    (w,) = each_member(b, lambda M: (b.xp.linalg.eigvalsh(M),), safe)
+    return kept(finite, w, 1)
 
 
 @routine(single=single.general_inverse, torch=frameworks.general_inverse_by_torch)

@@ -11,8 +11,9 @@ import numpy as np
 from scipy.linalg import blas, lapack
 
 from .door import NAN
+from .members import UNCERTAIN, noise
 from .processor import is_intel
-from .triangles import BLOCK, Matrix, cleaned, lower_half, mirrored, of_dtype
+from .triangles import BLOCK, Matrix, cleaned, eps, lower_half, mirrored, nan, of_dtype
 
 
 def product(*Ms: Matrix) -> Matrix:
@@ -46,7 +47,9 @@ def cholesky(M: Matrix) -> Matrix:
 def factor(M: Matrix) -> Matrix | None:
     """Lower L with L Lᵀ = (M + Mᵀ)/2, with anything above it; None where there is none."""
     L, info = of_dtype(lapack, M, "potrf")(lower_half(M), lower=1, clean=0, overwrite_a=1)
-    return L if info == 0 and math.isfinite(L.trace()) else None
+    if info or not math.isfinite(L.trace()):
+        return None
+    return L if (L.diagonal() ** 2 > noise(eps(M), len(M)) * M.diagonal()).all() else None
 
 
 def forward_substitution(L: Matrix, X: Matrix) -> Matrix:
@@ -65,9 +68,12 @@ def inverse(M: Matrix) -> Matrix:
     if L is None:
         return np.full_like(M, NAN)
     if is_intel() or len(L) <= BLOCK:
-        return mirrored(of_dtype(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
-    invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
-    return mirrored(of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0])
+        X = of_dtype(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0]
+    else:
+        invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
+        X = of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0]
+    definite = noise(eps(M), len(M)) * (M.diagonal() * X.diagonal()).max() < 1
+    return mirrored(X) if definite else np.full_like(M, NAN)
 
 
 def invert_by_halves(L: Matrix) -> None:
@@ -111,34 +117,12 @@ def logdet(M: Matrix) -> Matrix:
     return np.asarray(NAN if L is None else 2 * np.sum(np.log(L.diagonal())), dtype=M.dtype)
 
 
-def eigh(M: Matrix) -> tuple[Matrix, Matrix]:
-    """w and Q with (M + Mᵀ)/2 = Q diag(w) Qᵀ."""
-    return _syevd(lower_half(M))
-
-
-def inverse_root(M: Matrix, p: float) -> Matrix:
-    """((M + Mᵀ)/2)^(-1/p), exactly symmetric."""
-    w, Q = eigh(M)
-    if not (w > 0).all():
-        return _nan(M, M.shape)
-    return mirrored(of_dtype(blas, M, "syrk")(1.0, Q * w ** (-0.5 / p), lower=1))
-
-
-def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
-    """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric."""
-    X, Y = lower_half(M), lower_half(N)
-    if not (np.isfinite(X).all() and np.isfinite(Y).all()):
-        return _nan(M, M.shape), _nan(M, M.shape[:1])
-    s, K, info = of_dtype(lapack, M, "sygvd")(Y, X, uplo="L", overwrite_a=1, overwrite_b=1)
-    return (K, s) if info == 0 and np.isfinite(s).all() else (_nan(M, M.shape), _nan(M, M.shape[:1]))
-
-
 def general_inverse(K: Matrix) -> Matrix:
     """K⁻¹ for any square K."""
     X, pivots, info = of_dtype(lapack, K, "getrf")(K.T)
     if info == 0 and np.isfinite(X).all():
         X, info = of_dtype(lapack, K, "getri")(X, pivots, lwork=64 * len(K), overwrite_lu=1)
-    return X.T if info == 0 and np.isfinite(X).all() else _nan(K, K.shape)
+    return X.T if info == 0 and _is_proper(K, X) else nan(K, K.shape)
 
 
 def log_abs_det(K: Matrix) -> Matrix:
@@ -156,14 +140,6 @@ def completed(X: Matrix) -> Matrix:
     return of_dtype(lapack, X, "orgqr")(E, tau, lwork=64 * n, overwrite_a=1)[0]
 
 
-def _syevd(X: Matrix) -> tuple[Matrix, Matrix]:
-    """Eigenvalues and eigenvectors of the symmetric matrix with the lower triangle of X, in the place of X."""
-    if np.isfinite(X).all():
-        w, Q, info = of_dtype(lapack, X, "syevd")(X, lower=1, overwrite_a=1)
-        if info == 0:
-            return w, Q
-    return _nan(X, X.shape[:1]), _nan(X, X.shape)
-
-
-def _nan(like: Matrix, shape: tuple[int, ...]) -> Matrix:
-    return np.full(shape, NAN, dtype=like.dtype)
+def _is_proper(K: Matrix, X: Matrix) -> bool:
+    """Whether X is finite, and K not singular to working precision."""
+    return bool(UNCERTAIN * eps(K) * np.linalg.norm(K) * np.linalg.norm(X) < 1)  # not where one is NaN or infinite

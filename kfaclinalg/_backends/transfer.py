@@ -20,12 +20,22 @@ def is_array(x: object) -> bool:
 
 def on_device(x: Array, device: Device) -> Array:
     """x on `device`, as its namespace calls it."""
-    return array_api_compat.to_device(x, device)
+    try:
+        if is_array(device) or isinstance(device, complex):  # torch would take its dtype
+            raise TypeError
+        return array_api_compat.to_device(x, device)
+    except Exception as error:
+        place = array_api_compat.device(x)
+        raise ValueError(f"device is {device!r}, expected one of those of the arrays, as {place}") from error
 
 
 def with_dtype(x: Array, dtype: DType) -> Array:
     xp = array_api_compat.array_namespace(x)
-    if dtype not in (xp.float32, xp.float64):
+    try:
+        known = dtype in (xp.float32, xp.float64)
+    except (TypeError, ValueError, RuntimeError):  # an array
+        known = False
+    if not known:
         raise TypeError(f"dtype is {dtype!r}, expected float32 or float64 of {xp.__name__}")
     y = xp.astype(x, dtype, copy=False)
     if y.dtype != dtype:

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .door import NAN
+
 Matrix: TypeAlias = NDArray[np.floating[Any]]
 
 # Rows at once where a matrix meets its transpose. A copy of a block is read by columns, not the matrix itself: columns
@@ -61,3 +63,11 @@ def _above(n: int) -> Matrix:
 def of_dtype(library: ModuleType, x: Matrix, name: str) -> Callable[..., Any]:
     """BLAS's or LAPACK's routine of this name for the dtype of x."""
     return getattr(library, {"f": "s", "d": "d"}[x.dtype.char] + name)
+
+
+def eps(M: Matrix) -> float:
+    return float(np.finfo(M.dtype).eps)
+
+
+def nan(like: Matrix, shape: tuple[int, ...]) -> Matrix:
+    return np.full(shape, NAN, dtype=like.dtype)
