@@ -8,7 +8,7 @@ from functools import partial, reduce
 from operator import add, mul
 from typing import Any, NamedTuple, Protocol
 
-from . import _backends, _checks, _network
+from . import _backends, _checks, _guards, _network
 from .averages import averaging_decay, moving_average
 from .curvature import STRUCTURES
 from .factors import Factors
@@ -17,7 +17,6 @@ from .options import KFACOptions
 from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
 
 Matrices = tuple[Any, ...]  # one (m, n) array a layer
-NO_UPDATE = "the update is not finite"
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
@@ -48,6 +47,7 @@ class KFACState(NamedTuple):
     inverse: Any = None  # of the curvature, as last refreshed
     update: Matrices | None = None  # δ0
     curvature_fraction: float = 1.0  # τ2 of the next problem
+    ceiling: float = math.inf  # what refused steps may raise λ to
 
 
 class StepInfo(NamedTuple):
@@ -82,9 +82,8 @@ def kfac_step(
 ) -> tuple[Matrices, KFACState, StepInfo]:
     """One iteration of Algorithm 2: the new weights, the state for the next step, and what happened.
 
-    Section 8 counts its flops. Guards beyond the paper: a step whose loss, statistics or update is not finite is
-    refused, `info.refused` says why, λ rises and all else stays; and where a small S2 misleads, as it does late in
-    training, `state.curvature_fraction` grows for the adapter to follow.
+    Section 8 counts its flops. Guards beyond the paper: a step that is not finite is refused, `info.refused` says why,
+    λ rises and all else stays; where a small S2 misleads `state.curvature_fraction` grows for the adapter to follow.
 
     Args:
         problem: the mini-batch.
@@ -120,30 +119,37 @@ def kfac_step(
     candidates = {gamma: (P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses.items()}
     step = _best_step(partial(problem.curvature_gram, weights), dense, candidates, last, state.damping + eta)
 
-    loss = float(h + _penalty(weights, eta))
+    square, eps = float(inner_products([weights], [weights])[0, 0]), _backends.resolve(W=weights[0]).eps
+    loss = float(h) + 0.5 * eta * square
     moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
-    refused = _refusal(loss, statistics, step)
+    refused = _guards.refusal(loss, statistics, step.change, step.norm)
     ratio, damping, tau2 = math.nan, state.damping, state.curvature_fraction
     if k % options.damping_period == 0 and not refused:
-        loss_after = float(problem.loss(moved) + _penalty(moved, eta))
-        refused = "" if math.isfinite(loss_after) else "the loss after the step is not finite"
+        loss_after = float(problem.loss(moved)) + 0.5 * eta * float(inner_products([moved], [moved])[0, 0])
+        refused = "" if math.isfinite(loss_after) else _guards.NO_LOSS_AFTER
         ratio = reduction_ratio(loss, loss_after, step.change)
-        damping = max(levenberg_marquardt(damping, ratio, omega=options.omega1), eta)  # λ >= η: a guard
-        tau2 = tau2 if ratio >= MISLED else min(2 * tau2, 1.0)
+        if _guards.is_noise(step.change, step.norm, loss, math.sqrt(square), eps):
+            damping = max(options.omega1 * damping, min(damping, options.damping))  # back from where it was raised to
+        else:
+            damping = levenberg_marquardt(damping, ratio, omega=options.omega1)
+            tau2 = tau2 if ratio >= MISLED else min(2 * tau2, 1.0)
+        damping = max(damping, eta)  # a guard
 
-    fit = step.alpha, step.mu, step.change, ratio
-    info = StepInfo(loss, state.damping, step.gamma, *fit, step.norm, refreshed, refused)
+    fit = step.alpha, step.mu, step.change, ratio, step.norm
+    info = StepInfo(loss, state.damping, step.gamma, *fit, refreshed, refused)
     if refused:
         no_step = info._replace(alpha=0.0, mu=0.0, change=0.0, update_norm=0.0, refreshed=False)
-        return weights, _more_damped(state, options, info), no_step
+        return weights, _more_damped(state, options, info, statistics), no_step
     update = step.update if options.momentum == "quadratic-model" else None
-    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2), info
+    ceiling = _guards.RISE * damping
+    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2, ceiling), info
 
 
 def _start(options: KFACOptions) -> KFACState:
-    options.checked()
-    damping, eta, tau2 = options.damping, options.weight_decay, options.curvature_fraction
-    return KFACState(0, max(damping, eta), math.sqrt(max(damping, eta) + eta), curvature_fraction=tau2)
+    eta = options.checked().weight_decay
+    damping = max(options.damping, eta)
+    first = KFACState(0, damping, math.sqrt(damping + eta), ceiling=_guards.RISE * damping)
+    return first._replace(curvature_fraction=options.curvature_fraction)
 
 
 def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) -> dict[float, Any]:
@@ -182,21 +188,13 @@ def _best_step(
     return min(steps, key=lambda step: step.change if math.isfinite(step.change) else math.inf)
 
 
-def _penalty(weights: Matrices, eta: float) -> float:
-    return 0.5 * eta * float(inner_products([weights], [weights])[0, 0])
-
-
-def _refusal(loss: float, statistics: Factors, step: _Step) -> str:
-    if not math.isfinite(loss):
-        return "the loss is not finite"
-    if not _backends.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair]):
-        return "the statistics are not finite"
-    if not (math.isfinite(step.change) and math.isfinite(step.norm)):
-        return NO_UPDATE
-    return ""
-
-
-def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo) -> KFACState:
+def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo, statistics: Factors) -> KFACState:
     """The state with a larger λ, and a larger γ where a new inverse may be at fault."""
-    gamma = state.gamma / options.omega2 if info.refreshed and info.refused == NO_UPDATE else state.gamma
-    return state._replace(damping=state.damping / options.omega1, gamma=gamma)
+    damping = _guards.raised(state.damping, options.omega1, state.ceiling, info.refused)
+    if info.refused != _guards.NO_UPDATE:
+        return state._replace(damping=damping)
+    least, largest = _guards.strengths(statistics)
+    gamma = state.gamma or math.sqrt(least)  # 0 does not rise
+    if info.refreshed and state.gamma:
+        gamma = max(gamma, min(gamma / options.omega2, math.sqrt(largest)))
+    return state._replace(damping=damping or least, gamma=gamma)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,17 @@ class Layer(NamedTuple):
 
     name: str
     module: nn.Linear
+    has_bias: bool  # one that is trained
+    held: tuple[Tensor, ...]  # its parameters when it was found
 
-    @property
-    def has_bias(self) -> bool:
-        return self.module.bias is not None and self.module.bias.requires_grad
+    def check(self) -> None:
+        """Its parameters must be those that it was found with, and trained."""
+        at = self.name or "the model"
+        here = (self.module.weight, *((self.module.bias,) if self.has_bias else ()))
+        if any(p is not q for p, q in zip(here, self.held, strict=True)):
+            raise ValueError(f"a parameter of {at} was replaced since the optimizer was made: make a new one")
+        if not all(p.requires_grad for p in here):
+            raise ValueError(f"a parameter of {at} was frozen since the optimizer was made: make a new one")
 
     def matrix(self) -> Tensor:
         """W (m, n): a copy of the parameters, the bias in the last column."""
@@ -57,7 +64,9 @@ def trained_layers(model: nn.Module) -> list[Layer]:
         for key, parameter in own.items():
             owners.setdefault(parameter, []).append(key)
         if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            layers.append(Layer(name, module))
+            biased = module.bias is not None and module.bias.requires_grad
+            held: tuple[Tensor, ...] = (module.weight, module.bias) if biased else (module.weight,)
+            layers.append(Layer(name, module, biased, held))
         else:
             stray += own
     if stray:
@@ -87,11 +96,12 @@ def captured(layers: Sequence[Layer]) -> Iterator[dict[str, list[Use]]]:
     try:
         for layer in layers:
 
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = layer.name) -> None:
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = layer.name) -> None:
                 # An edge, not the tensor: an activation may overwrite the tensor in place.
-                uses[name].append(Use(inputs[0].detach(), get_gradient_edge(output)))
+                x = args[0] if args else kwargs["input"]
+                uses[name].append(Use(x.detach(), get_gradient_edge(output)))
 
-            handles.append(layer.module.register_forward_hook(hook))
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         yield uses
     finally:
         for handle in handles:

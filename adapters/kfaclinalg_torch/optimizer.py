@@ -66,18 +66,56 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used
-                exactly once. Nothing has changed then.
+                exactly once, a parameter that was replaced or frozen. Nothing has changed then, nor after an interrupt.
         """
+        for layer in self.layers:
+            layer.check()
         options = self.options
         if self._state is not None:
             options = options._replace(curvature_fraction=self._state.curvature_fraction)
         problem = NetworkProblem(self.model, self.layers, self.likelihood, Batch(inputs, targets), options)
         weights = tuple(layer.matrix() for layer in self.layers)
-        moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
-        if not self.info.refused:
-            for layer, W in zip(self.layers, moved, strict=True):
-                layer.assign(W)
+        before, drawn = (self._state, self.info), self.options.generator.get_state()
+        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # running ones
+        try:
+            moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
+            self._assign(weights if self.info.refused else moved)
+            if self.info.refused:
+                _restore(statistics)
+        except BaseException:  # an interrupt too leaves nothing half done
+            self._assign(weights)
+            _restore(statistics)
+            self._state, self.info = before
+            self.options.generator.set_state(drawn)
+            raise
         return self.info.loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: the layers are those of the model.
+
+        Raises:
+            ValueError: afterwards.
+        """
+        if self.param_groups:
+            raise ValueError("KFAC takes its parameters from the model: make a new one for a model that has changed")
+        super().add_param_group(param_group)
+
+    def _assign(self, weights: tuple[Tensor, ...]) -> None:
+        for layer, W in zip(self.layers, weights, strict=True):
+            layer.assign(W)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: all of it, the model too, which one deepcopy of both shares."""
+        generator = self.options.generator
+        names = ("model", "layers", "likelihood", "options", "info", "_state")
+        own = {name: getattr(self, name) for name in names} | {"options": self.options._replace(generator=None)}
+        return super().__getstate__() | own | {"generator": (str(generator.device), generator.get_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, drawn = state.pop("generator")
+        generator = torch.Generator(device)
+        generator.set_state(drawn)
+        super().__setstate__(state | {"options": state["options"]._replace(generator=generator)})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, the generator's state too, in tensors, numbers and lists."""
@@ -101,6 +139,12 @@ class KFAC(torch.optim.Optimizer):
                 raise ValueError(f"the state is of layers with shapes {found}, expected {expected}")
         self._state = state
         self.options.generator.set_state(state_dict["generator"])
+
+
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, held in buffers:
+            buffer.copy_(held)
 
 
 class _Group(dict[str, Any]):

@@ -15,6 +15,7 @@ from kfaclinalg import Factors, KFACOptions, OuterProduct, batch_factors, homoge
 
 from .layers import Layer, Use, captured, single_uses
 from .likelihoods import Likelihood
+from .once import Once
 
 Matrices = tuple[Tensor, ...]
 
@@ -25,8 +26,9 @@ class Batch:
     A subset holds only which `examples` it consists of, so that no more than a chunk of them is ever copied.
     """
 
-    def __init__(self, inputs: Any, targets: Tensor, examples: Tensor | None = None) -> None:
+    def __init__(self, inputs: Any, targets: Tensor, examples: Tensor | None = None, place: int = 0) -> None:
         self.examples = examples  # None: all
+        self.place = place  # among the chunks of a batch
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.targets = targets
         if not self.inputs or not all(isinstance(x, Tensor) and x.ndim > 0 for x in (*self.inputs, targets)):
@@ -49,21 +51,26 @@ class Batch:
     def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
         """The batch in pieces of at most `size` examples, each with its share of the whole."""
         size = size or len(self)
-        for start in range(0, len(self), size):
+        for place, start in enumerate(range(0, len(self), size)):
             part = slice(start, start + size)
             examples: Any = part if self.examples is None else self.examples[part]
-            piece = Batch(tuple(x[examples] for x in self.inputs), self.targets[examples])
+            piece = Batch(tuple(x[examples] for x in self.inputs), self.targets[examples], place=place)
             yield len(piece) / len(self), piece
 
 
 class NetworkProblem:
-    """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch (`kfaclinalg.Problem`)."""
+    """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch (`kfaclinalg.Problem`).
+
+    All of one function: each pass sees the random numbers of the first, the masks of a dropout, and that alone moves
+    the running statistics of a normalisation.
+    """
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood, batch: Batch, options: KFACOptions
     ) -> None:
         self.model, self.layers, self.likelihood = model, layers, likelihood
         self.batch, self.options = batch, options
+        self._once = Once(model)
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
         """h and ∇h on S'; for a layer larger than the batch the `OuterProduct` of g and a, where that pays."""
@@ -150,7 +157,8 @@ class NetworkProblem:
         parameters: dict[str, Tensor] = {}
         for layer, W in zip(self.layers, weights, strict=True):
             parameters |= layer.parameters(W)
-        return functional_call(self.model, parameters, batch.inputs)
+        with self._once.passing(batch.place):
+            return functional_call(self.model, parameters, batch.inputs)
 
     def _subset(self, fraction: float) -> Batch:
         return self.batch.subset(fraction, self.options.generator)
