@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from kfaclinalg import Diagonal, Factors, LayerFactors, Link, averaging_decay, moving_average, update_factors
 
+from .checkpoint import check, check_keys, check_links, is_matrix, is_number
+from .modules import Block
 from .statistics import Held
 
 
@@ -42,6 +48,21 @@ class Averages:
 
     def state(self) -> dict[str, Any]:
         return {"moments": self.moments, "links": self.links, "taken": self.taken}
+
+    def check(self, state: Any, blocks: Sequence[Block], *, chained: bool) -> None:
+        """A ValueError where a state cannot be loaded."""
+        check_keys(state, ("moments", "links", "taken"))
+        check(isinstance(state["taken"], int) and is_number(state["taken"]), f"taken is {state['taken']!r}")
+        check(isinstance(state["moments"], dict), "its moments are none")
+        expected = {block.name: block.empty_moments() for block in blocks}
+        for name, pair in state["moments"].items():
+            check(name in expected, f"{name!r} is no layer")
+            check(isinstance(pair, LayerFactors), f"the moments of {name!r} are none")
+            W = tuple(M.shape[-1] for M in reversed(expected[name]))
+            came = [tuple(M.shape) if isinstance(M, Tensor) else type(M).__name__ for M in pair]
+            fits = all(is_matrix(M, *like.shape) for M, like in zip(pair, expected[name], strict=True))
+            check(fits, f"{name!r} has moments of shapes {came}, expected those of W of shape {W}")
+        check_links(state["links"], [block.matrix(torch.detach).shape for block in blocks] if chained else [])
 
     def load(self, state: dict[str, Any]) -> None:
         self.moments, self.links, self.taken = state["moments"], state["links"], state["taken"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ class Use(NamedTuple):
         return x, (g[None] if self.single else g).to(dtype)
 
 
+def _weakly(method: Any) -> Callable[..., Any]:
+    """The method of an object while that lives, nothing after."""
+    reference: Any = WeakMethod(method)
+    return lambda *args: method(*args) if (method := reference()) else None
+
+
 class Capture:
     """Hooks on a model's blocks: `uses` holds those that are `kept`, `arrived` gets the gradients of those `followed`.
 
@@ -59,7 +66,8 @@ class Capture:
         followed: Callable[[Use], bool],
         arrived: Callable[[Use, Tensor], None],
     ) -> None:
-        self.kept, self.followed, self.arrived = kept, followed, arrived
+        # The model holds the hooks; what they call must not live as long as it does.
+        self.kept, self.followed, self.arrived = _weakly(kept), _weakly(followed), _weakly(arrived)
         self.uses: list[Use] = []
         self.paused = self.removed = False
         self._pass = Pass(0, 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kfaclinalg import Factors, Link, block_tridiagonal_inverse
+from kfaclinalg import BlockTridiagonalInverse, Factors, Link, block_tridiagonal_inverse
 
+from .checkpoint import check
 from .discovery import Layer
 from .inverses import LADDER, Factored, Inverses, cast, factored
 from .modules import Block, Linear
@@ -42,6 +44,11 @@ class ChainInverse(Inverses):
         named, chain = dict(Vs), self.inverses.get("chain")
         Us = named.values() if chain is None else chain.apply(tuple(named.values()))
         yield from zip(named, Us, strict=True)
+
+    def _check_one(self, name: str, inverse: Any, weights: Mapping[str, Tensor]) -> None:
+        check(name == "chain" and isinstance(inverse, BlockTridiagonalInverse), f"{name!r} is no inverse of a chain")
+        came, expected = [K.shape for K in inverse.Lambda], [tuple(W.shape) for W in weights.values()]
+        check(came == expected, f"its inverse is of layers with shapes {came}, expected {expected}")
 
     def _whole(self, factors: Factors, damping: float) -> Any | None:
         for dtype, times in LADDER:

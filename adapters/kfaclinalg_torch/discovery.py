@@ -76,7 +76,7 @@ def found(model: nn.Module, skip: Sequence[str]) -> Found:
         ValueError: there is nothing to precondition, or no module of a name in `skip`.
     """
     modules = dict(model.named_modules())
-    if isinstance(skip, str):
+    if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
         raise ValueError(f"skip is {skip!r}, expected a sequence of names")
     if unknown := sorted(set(skip) - modules.keys()):
         raise ValueError(f"skip names {', '.join(map(repr, unknown))}, expected names of modules: {', '.join(modules)}")
@@ -100,6 +100,31 @@ def found(model: nn.Module, skip: Sequence[str]) -> Found:
     if not layers:
         raise ValueError(f"the model has no parameters to precondition: {skipped or 'none is trained'}")
     return Found(layers, sites, skipped)
+
+
+Owner = tuple[dict[str, Any], str, Any, str]  # who holds what under which key, and its name in the model
+
+
+def owners(model: nn.Module, layers: Sequence[Layer]) -> list[Owner]:
+    """Who holds each parameter of the layers, and each module on the way to it."""
+    known = {id(p) for layer in layers for block in layer.blocks for p in block.parameters}
+    held: list[Owner] = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        held += [(module._parameters, k, p, prefix + k) for k, p in module._parameters.items() if id(p) in known]
+        held += [(module._modules, k, m, prefix + k) for k, m in module._modules.items() if _holds(m, known)]
+    return held
+
+
+def check_owners(held: Sequence[Owner]) -> None:
+    """A ValueError names what was replaced."""
+    for owner, key, thing, name in held:
+        if owner.get(key) is not thing:
+            raise ValueError(f"{name!r} was replaced since the preconditioner was made: remove() it and make a new one")
+
+
+def _holds(module: nn.Module | None, known: set[int]) -> bool:
+    return module is not None and any(id(p) in known for p in module.parameters())
 
 
 def _reason(module: nn.Module, trained: dict[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfaclinalg import KroneckerBasis, LayerFactors
 
+from .checkpoint import check, is_matrix
 from .discovery import Layer
 from .inverses import Build, Inverses
 from .modules import Dense
@@ -46,6 +47,12 @@ class EigenInverses(Inverses):
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"squares": self.squares}
+
+    def check(self, state: Any, weights: Mapping[str, Tensor]) -> None:
+        super().check(state, weights)
+        for name, S in state["squares"].items():
+            fits = name in state["inverses"] and is_matrix(S, *weights[name].shape)
+            check(fits, f"the squares of {name!r} do not fit")
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

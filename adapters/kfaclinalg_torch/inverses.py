@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kfaclinalg import (
     CholeskyInverse,
@@ -21,6 +22,7 @@ from kfaclinalg import (
     low_rank_inverse,
 )
 
+from .checkpoint import check, check_keys
 from .statistics import Statistic
 
 Build = Callable[[LayerFactors, float], Any]
@@ -102,6 +104,20 @@ class Inverses:
 
     def state(self) -> dict[str, Any]:
         return {"inverses": self.inverses, "failures": self.failures}
+
+    def check(self, state: Any, weights: Mapping[str, Tensor]) -> None:
+        """A ValueError where a state cannot be loaded, of layers with these weights."""
+        check_keys(state, self.state())
+        check(all(isinstance(part, dict) for part in state.values()), "its inverses are none")
+        check(all(isinstance(n, int) for n in state["failures"].values()), "its failures are no numbers")
+        for name, inverse in state["inverses"].items():
+            self._check_one(name, inverse, weights)
+
+    def _check_one(self, name: str, inverse: Any, weights: Mapping[str, Tensor]) -> None:
+        check(name in weights, f"{name!r} is no layer")
+        check(isinstance(inverse, Kronecker | KroneckerBasis), f"the inverse of {name!r} is none")
+        came, expected = tuple(inverse.diagonal().shape), tuple(weights[name].shape)
+        check(came == expected, f"{name!r} has W of shape {came}, expected {expected}")
 
     def load(self, state: dict[str, Any]) -> None:
         self.inverses, self.failures = state["inverses"], state["failures"]

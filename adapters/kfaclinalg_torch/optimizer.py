@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
-from .checkpoint import packed, unpacked
+from .checkpoint import check, check_generator, check_keys, check_run, packed, restored
 from .layers import trained_layers
 from .likelihoods import Likelihood, likelihood_of, new_generator
 from .problem import Batch, NetworkProblem
@@ -129,14 +129,15 @@ class KFAC(torch.optim.Optimizer):
         """Continue from a `state_dict`, bitwise as if there had been no stop.
 
         Raises:
-            ValueError: it belongs to a model with other layers.
+            ValueError: it is none, or of a model with other layers, or another structure. Nothing has changed then.
         """
+        check_keys(state_dict, ("state", "param_groups", "generator"))
+        check_generator(self.options.generator, state_dict["generator"])
         weights = tuple(layer.matrix() for layer in self.layers)
-        state = unpacked(state_dict["state"], weights[0]) if state_dict["state"] else None
-        if state is not None and state.factors is not None:
-            found = [(layer.G.shape[-1], layer.A.shape[-1]) for layer in state.factors.layers]
-            if found != (expected := [tuple(W.shape) for W in weights]):
-                raise ValueError(f"the state is of layers with shapes {found}, expected {expected}")
+        check(isinstance(state_dict["state"], dict), "no dictionary")
+        state = restored(state_dict["state"], weights[0]) if state_dict["state"] else None
+        if state is not None:
+            check_run(state, [(len(W), W.shape[1]) for W in weights], self.options.structure)
         self._state = state
         self.options.generator.set_state(state_dict["generator"])
 

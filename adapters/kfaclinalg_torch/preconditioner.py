@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -16,8 +17,8 @@ from kfaclinalg import Kronecker, LayerFactors, OuterProduct
 from . import estimators
 from .averages import Averages
 from .capture import Capture, Use
-from .checkpoint import packed, unpacked
-from .discovery import Layer, found
+from .checkpoint import check, check_generator, check_keys, is_number, packed, restored
+from .discovery import Layer, check_owners, found, owners
 from .inverses import Factored
 from .likelihoods import Likelihood, likelihood_of, new_generator
 from .modules import Block, Linear
@@ -74,7 +75,8 @@ class KFACPreconditioner:
         factor_dtype: of A, G and the inverses, whatever the model's is.
 
     Raises:
-        ValueError: a wrong option, or nothing that can be preconditioned; it says what came and what was expected.
+        TypeError, ValueError: a wrong option, or nothing that can be preconditioned; it says what came and what was
+            expected.
 
     >>> model = nn.Linear(2, 3)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -126,6 +128,10 @@ class KFACPreconditioner:
             factor_dtype=factor_dtype,
         )
         check_together(estimator, likelihood, structure, exact_damping, rank)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
+        if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
+            raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
         model = _unwrapped(model)
         known = found(model, skip)
         self.skipped: dict[str, str] = known.skipped
@@ -146,6 +152,8 @@ class KFACPreconditioner:
         self._estimating = False
         self._begin()
         self._capture = Capture(model, known.sites, self._keeps, self._follows, self._arrived)
+        weakref.finalize(self, self._capture.remove)  # where nobody has called `remove`
+        self._owners = owners(model, known.layers)
         if self.skipped:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             warnings.warn(f"KFACPreconditioner leaves some gradients as they are. {reasons}", stacklevel=2)
@@ -183,6 +191,8 @@ class KFACPreconditioner:
                 self._gather(uses, slopes, draw)
         finally:
             self._estimating = False
+        if not outputs.numel():
+            return  # the other processes may have examples, and wait in `step`
         if not any(reached):
             raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
         self._capture.uses = [use for use, done in zip(uses, reached, strict=True) if not done]
@@ -203,9 +213,11 @@ class KFACPreconditioner:
         """Average what was captured, refresh the inverses whose turn it is, and precondition the gradients in place.
 
         Raises:
+            ValueError: a module or a parameter was replaced since the preconditioner was made.
             RuntimeError: nothing was captured so far.
             LinAlgError: the factors of a layer could not be inverted in three refreshes in a row.
         """
+        check_owners(self._owners)
         damping = at(self._steps, "damping", self.damping)
         period = at(self._steps, "inverse_period", self.inverse_period)
         statistic, scale = self._statistic, self._scale()
@@ -248,20 +260,21 @@ class KFACPreconditioner:
         """Continue from a `state_dict` as if there had been no stop: bitwise, on one machine.
 
         Raises:
-            ValueError: it belongs to a model with other layers, or to another structure.
+            ValueError: it is none, or of a model with other layers, or another structure. Nothing has changed then.
         """
+        check_keys(state_dict, ("averages", "inverses", "structure", "steps", "generator"))
         if state_dict["structure"] != self.structure:
             raise ValueError(f"the state is of structure {state_dict['structure']!r}, expected {self.structure!r}")
+        steps = state_dict["steps"]
+        check(isinstance(steps, int) and is_number(steps), f"steps is {steps!r}")
+        check_generator(self.generator, state_dict["generator"])
         like = self._layers[0].parameters[0].detach().to(self.factor_dtype)
-        averages, inverses = (unpacked(state_dict[name], like) for name in ("averages", "inverses"))
-        shapes = {block.name: block.matrix(torch.detach).shape[-2:] for layer in self._layers for block in layer.blocks}
-        for name, (A, G) in averages["moments"].items():
-            if (G.shape[-1], A.shape[-1]) != shapes.get(name):
-                came = (G.shape[-1], A.shape[-1])
-                raise ValueError(f"the state has {name!r} with W of shape {came}, expected {shapes.get(name)}")
+        averages, inverses = (restored(state_dict[name], like) for name in ("averages", "inverses"))
+        self._averages.check(averages, self._blocks, chained=self.structure == "block-tridiagonal")
+        self._inverses.check(inverses, {layer.name: layer.matrix(torch.detach) for layer in self._layers})
         self._averages.load(averages)
         self._inverses.load(inverses)
-        self._steps = state_dict["steps"]
+        self._steps = steps
         self.generator.set_state(state_dict["generator"])
         self._begin()
 
@@ -319,7 +332,7 @@ class KFACPreconditioner:
         return True
 
     def _precondition(self) -> None:
-        ready = {layer.name: layer for layer in self._layers if all(p.grad is not None for p in layer.parameters)}
+        ready = {layer.name: layer for layer in self._layers if all(map(_is_trained, layer.parameters))}
         Vs = ((name, self._gradient_of(layer)) for name, layer in ready.items())
         agreement: Any = 0.0
         changed = []
@@ -350,6 +363,11 @@ def _unwrapped(model: Any) -> nn.Module:
         torch.compiler.reset()  # what was compiled before knows nothing of the hooks
         return _unwrapped(model._orig_mod)
     return _unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _is_trained(parameter: Tensor) -> bool:
+    """Whether it has a gradient, and was not frozen since."""
+    return parameter.grad is not None and parameter.requires_grad
 
 
 def _gradient(parameter: Tensor) -> Any:

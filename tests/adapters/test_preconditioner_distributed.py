@@ -80,7 +80,7 @@ WORLD = 2
 DISTRIBUTED = {
     f"{structure} {estimator} {kind}": (structure, estimator, kind)
     for structure, kinds in {
-        "block-diagonal": ("linear", "mixed", "reduce", "unequal"),
+        "block-diagonal": ("linear", "mixed", "reduce", "unequal", "empty"),
         "eigen": ("linear", "mixed"),
         "block-tridiagonal": ("linear",),
     }.items()
@@ -91,8 +91,9 @@ DISTRIBUTED = {
 
 def distributed_run(structure, estimator, kind, rank, world):
     """The gradients and factors after three steps on this process's share of the batches."""
-    linear = kind in ("linear", "unequal")
-    model, parts = network(4, 8, 3) if linear else Mixed(), ((9, 3) if kind == "unequal" else (6, 6))
+    linear = kind in ("linear", "unequal", "empty")
+    parts = {"unequal": (9, 3), "empty": (12, 0)}.get(kind, (6, 6))
+    model = network(4, 8, 3) if linear else Mixed()
     called = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     sharing = "reduce" if kind == "reduce" else "expand"
     preconditioner = preconditioned(called, estimator, structure=structure, weight_sharing=sharing, damping=0.1)
@@ -102,7 +103,13 @@ def distributed_run(structure, estimator, kind, rank, world):
         if world > 1:
             x, y = (t.split(parts)[rank] for t in (x, y))
         model.zero_grad()
-        backward(called, preconditioner, x, y)
+        if kind == "empty":
+            outputs = called(x)
+            if estimator != "empirical":
+                preconditioner.update(outputs)
+            (functional.cross_entropy(outputs, y, reduction="sum") / 12).backward()
+        else:
+            backward(called, preconditioner, x, y)
         preconditioner.step()
         found.append(gradients(model))
     return found, dense(preconditioner.layers)
@@ -130,7 +137,7 @@ def test_two_processes_give_what_one_gives_on_the_whole_batch(processes, name):
     found, layers = distributed_run(*DISTRIBUTED[name], 0, 1)
     for process in processes:
         assert_near(process[name][1], layers)
-        if not name.endswith("unequal"):  # there DDP's own mean of the gradients is another
+        if not name.endswith(("unequal", "empty")):  # there DDP's own mean of the gradients is another
             assert_near(process[name][0], found, c=1000)
     # To the last bit, or else the copies of the model would drift apart: nobody sends the weights round again.
     assert_same(processes[0][name], processes[1][name])
