@@ -275,3 +275,23 @@ def ill_conditioned(b: Backend, seed: int) -> Factors:
     )
     arrays = [[b.array(x.astype("float32")) for x in side] for side in (a, g)]
     return batch_factors(*arrays, links=True)
+
+
+def one_sided(s_A, s_G):
+    """Two layers of one unit, whose links have these squared correlations."""
+    one = np.eye(1)
+    return Factors((LayerFactors(one, one),) * 2, (Link(one * s_A**0.5, one * s_G**0.5),))
+
+
+@pytest.mark.parametrize(("s_A", "s_G"), [(2.0, 0.25), (0.5, 1.5), (1.5, 0.6), (3.0, 0.3), (0.5, 0.5)])
+def test_links_of_no_statistics_are_taken_as_they_are(s_A, s_G):
+    """F = [[1, c], [c, 1]] with c² = s_A s_G is definite below 1, however large one of the two is."""
+    c = (s_A * s_G) ** 0.5
+    dense = block_tridiagonal_inverse(one_sided(s_A, s_G), 0.0).to_dense()
+    np.testing.assert_allclose(dense, np.linalg.inv([[1, c], [c, 1]]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("s_A", "s_G"), [(2.0, 0.75), (1.5, 1.5), (1.0, 1.0), (4.0, 0.25)])
+def test_links_that_make_f_indefinite_give_nan(s_A, s_G):
+    inverse = block_tridiagonal_inverse(one_sided(s_A, s_G), 0.0)
+    assert np.isnan(inverse.Lambda[0].to_dense()).all()

@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 import pytest
 import torch
-from backends import JAX, NUMPY, STRICT, TORCH
+from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_calls import CALLS, N, m, n
@@ -306,3 +306,19 @@ def test_a_damping_must_broadcast_with_the_batch():
     ):
         with pytest.raises(ValueError, match=r"(gamma|damping|shift) has batch shape \(3,\)"):
             f(np.ones(3))
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["values", "gradients"])
+def test_under_autocast_nothing_is_computed_in_half_precision(gradients):
+    """`kfac_step` runs the passes of a model, which are the model's own."""
+    for call in CALLS:
+        if call.name != "kfac_step":
+            plain, again = call.arguments(TORCH_FLOAT32), call.arguments(TORCH_FLOAT32)
+            if gradients:
+                again = {k: x.requires_grad_() if isinstance(x, torch.Tensor) else x for k, x in again.items()}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = call.f(**again)
+            for one, other in zip(leaves(call.f(**plain)), leaves(found), strict=True):
+                if isinstance(one, torch.Tensor):
+                    assert other.dtype == one.dtype
+                    torch.testing.assert_close(other.detach(), one, rtol=1e-4, atol=1e-5)

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from backends import every_backend
@@ -10,7 +11,10 @@ from kfaclinalg import (
     Link,
     averaging_decay,
     batch_factors,
+    block_diagonal_inverse,
+    exactly_damped_inverse,
     homogeneous,
+    low_rank_inverse,
     moving_average,
     update_factors,
 )
@@ -186,3 +190,40 @@ def test_mixed_dtypes_are_refused():
         TypeError, match=r"old\.layers\[0\]\.A has dtype float64, expected float32, the dtype of inputs"
     ):
         update_factors(OLD, [ONE.astype(np.float32)], [ONE.astype(np.float32)], decay=0.5)
+
+
+@every_backend
+def test_decays_may_be_arrays(b):
+    """Of a step's number, unseen: what one compiled step needs."""
+    a, g = np.random.default_rng(0).standard_normal((2, 6, 3))
+    old = batch_factors([b.array(a)] * 2, [b.array(g)] * 2, links=True)
+
+    def step(k, a, g):
+        return update_factors(old, [a, g], [g, a], decay=averaging_decay(k))
+
+    for k in (1, 2, 30):
+        expected = step(k, b.array(a), b.array(g))
+        found = b.jit(step)(b.array(k, "int64"), b.array(a), b.array(g))
+        plain = moving_average(
+            old,
+            batch_factors([b.array(a), b.array(g)], [b.array(g), b.array(a)], links=True),
+            decay=b.array(averaging_decay(k)),
+        )
+        for one, other, third in zip(*(f.layers + f.links for f in (found, expected, plain)), strict=True):
+            for x, y, z in zip(one, other, third, strict=True):
+                np.testing.assert_allclose(b.numpy(x), b.numpy(y), atol=20 * b.eps)
+                np.testing.assert_allclose(b.numpy(z), b.numpy(y), atol=20 * b.eps)
+
+
+def test_what_jax_did_not_commit_stays_so():
+    """Else the next call of the user's compiled step would compile again."""
+    jnp = jax.numpy
+    x = homogeneous(jnp.ones((4, 2)))
+    factors = batch_factors([x], [jnp.ones((4, 3))])
+    (block,) = block_diagonal_inverse(factors, 0.5).blocks
+    (exact,) = exactly_damped_inverse(factors, 0.5).blocks
+    (low,) = low_rank_inverse(factors, 0.5, rank=1).blocks
+    for made in (x, factors.layers[0].A, block.A, block.B, exact.weights, low.A.U, low.A.d):
+        assert not made.committed
+    there = jax.device_put(jnp.ones((4, 2)), jax.devices()[0])
+    assert homogeneous(there).committed

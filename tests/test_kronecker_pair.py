@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from backends import NUMPY, TORCH, Backend, eager_backends, every_backend
+import torch
+from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, eager_backends, every_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
@@ -142,3 +143,38 @@ def test_exactly_singular_is_nan():
 def test_mistakes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_smith_is_backward_stable_or_nan(seed):
+    """On definite pairs up to singular ones and beyond: ρ(A⁻¹C) ρ(B⁻¹D) from 0 to 3."""
+    rng = np.random.default_rng(seed)
+    for b in (NUMPY, TORCH_FLOAT32):
+        n, m = rng.integers(1, 6, 2)
+        A, B = (testing.spd_matrix(testing.spectrum("geometric", k, condition=1e3), rng) for k in (n, m))
+        C, D = (X + X.T for X in (rng.standard_normal((k, k)) for k in (n, m)))
+        values = np.linalg.eigvals(np.kron(np.linalg.solve(A, C), np.linalg.solve(B, D))).real
+        worst = values[np.argmax(abs(values))]
+        target = [rng.uniform(0, 0.99), 1 - 10.0 ** rng.uniform(-9, -1), 1.0, rng.uniform(1, 3)][seed % 4]
+        C = -C * target / worst  # the largest is -target
+        pair = [np.asarray(X, b.dtype).astype(float) for X in (A, B, C, D)]
+        F = np.kron(pair[0], pair[1]) + np.kron(pair[2], pair[3])
+        V = rng.standard_normal((m, n)).astype(b.dtype).astype(float)
+        U = b.numpy(KroneckerPair(*map(b.array, pair)).solve(b.array(V), "smith"))
+        if np.isfinite(U).all():
+            assert testing.backward_error(F, testing.vec(U), testing.vec(V)) <= testing.solve_bound(len(F), b.eps)
+            assert np.linalg.eigvalsh(F)[0] > 0
+        else:
+            assert np.isnan(U).all()
+            assert seed % 4, "ρ < 0.99"
+
+
+def test_gradients_pass_through_smith():
+    A, B, C, D = (torch.eye(k, dtype=torch.float64) * x for k, x in ((3, 2.0), (2, 3.0), (3, 0.5), (2, 0.5)))
+    V = torch.ones(2, 3, dtype=torch.float64)
+    for X in (A, B, C, D, V):
+        X.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda A, B, C, D, V: KroneckerPair(*(0.5 * (X + X.mT) for X in (A, B, C, D))).solve(V, "smith"),
+        (A, B, C, D, V),
+    )

@@ -13,10 +13,13 @@ from matrices import judge
 
 from kfaclinalg import (
     Diagonal,
+    Factors,
+    LayerFactors,
     LowRankPlusDiagonal,
     _capacitance,
     _woodbury,
     low_rank,
+    low_rank_inverse,
     low_rank_plus_diagonal,
     testing,
 )
@@ -490,3 +493,27 @@ def test_as_scipy():
     x = rng.standard_normal(4)
     for op in (Diagonal(np.arange(1.0, 5)), LowRankPlusDiagonal(rng.standard_normal((4, 2)), np.ones(2), np.ones(4))):
         np.testing.assert_allclose(op.as_scipy() @ x, op.to_dense() @ x, rtol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["woodbury", "sherman-morrison"])
+@pytest.mark.parametrize(
+    "shapes",
+    [((5, 2), (3, 2), (5,)), ((5, 2), (2,), (3, 5)), ((3, 5, 2), (2,), (5,)), ((5, 2), (3, 2), (4, 1, 5))],
+    ids=str,
+)
+def test_parts_may_have_batches_of_their_own(shapes, method):
+    U, s, d = (np.abs(np.random.default_rng(0).standard_normal(shape)) for shape in shapes)
+    M = LowRankPlusDiagonal(U, s, d)
+    dense = (U * s[..., None, :]) @ U.mT + d[..., None] * np.eye(5)
+    X = np.ones((5, 1))
+    np.testing.assert_allclose(M.inverse(method).to_dense(), np.linalg.inv(dense), atol=1e-12)
+    np.testing.assert_allclose(M.solve(X), np.linalg.inv(dense) @ X, atol=1e-12)
+    np.testing.assert_allclose(M.logdet(), np.linalg.slogdet(dense)[1], atol=1e-12)
+
+
+def test_a_batch_of_gammas():
+    factors = Factors((LayerFactors(np.diag([3.0, 2.0, 1.0]), np.diag([2.0, 1.0])),))
+    gammas = np.asarray([0.1, 0.2, 0.3])
+    all_at_once = low_rank_inverse(factors, gammas, rank=1).blocks[0].to_dense()
+    for gamma, dense in zip(gammas, all_at_once, strict=True):
+        np.testing.assert_allclose(dense, low_rank_inverse(factors, float(gamma), rank=1).blocks[0].to_dense())

@@ -196,3 +196,8 @@ def test_the_bounds_catch_a_loose_tolerance(monkeypatch):
     monkeypatch.setitem(globals(), "newton_schulz_inverse", loose)
     with pytest.raises(AssertionError):
         check(TORCH, Sample(5, decades=0.2))
+
+
+def test_the_start_may_be_named():
+    M = np.diag([2.0, 4.0])
+    np.testing.assert_array_equal(newton_schulz_inverse(M, start=M), newton_schulz_inverse(M, M))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from backends import NUMPY, eager_backends, every_backend
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,3 +163,25 @@ def test_levenberg_marquardt(ratio, factor):
 def test_mistakes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+RATIOS = [0.9, 0.75, 0.5, 0.25, 0.1, -1.0, math.nan, math.inf]
+
+
+@every_backend
+def test_of_arrays_they_give_arrays(b):
+    """A batch at once, and without a look at a value: under jit too."""
+    change = np.asarray([-4.0, 0.0, -1.0])
+    ratio = b.numpy(b.jit(lambda change: reduction_ratio(b.array(10.0), b.array(7.0), change))(b.array(change)))
+    np.testing.assert_allclose(ratio, [reduction_ratio(10.0, 7.0, float(x)) for x in change], rtol=1e-6)
+    moved = b.jit(lambda damping, ratios: levenberg_marquardt(damping, ratios, omega=0.5))
+    found = b.numpy(moved(b.array(3.0), b.array(RATIOS)))
+    assert found.tolist() == [levenberg_marquardt(3.0, ratio, omega=0.5) for ratio in RATIOS]
+    assert b.numpy(levenberg_marquardt(3.0, b.array(0.1), omega=0.5)) == 6.0
+
+
+def test_numbers_and_arrays_of_one_kind_only():
+    with pytest.raises(TypeError, match=r"ratio is an array of .*torch"):
+        levenberg_marquardt(np.ones(()), torch.ones((), dtype=torch.float64), omega=0.5)
+    with pytest.raises(TypeError, match="ratio has dtype int64"):
+        levenberg_marquardt(1.0, np.ones((), dtype=np.int64), omega=0.5)

@@ -173,3 +173,21 @@ def test_the_bounds_catch_a_perturbed_solve(monkeypatch):
     monkeypatch.setattr(spd, "solve", lambda M, X: solve(M, X) * (1 + 1e-12))
     with pytest.raises(AssertionError):
         check_solve(TORCH, Sample(5, decades=0.1))
+
+
+def singular(rng, n):
+    """An integer matrix of a rank below n."""
+    B = rng.integers(-5, 6, (n, int(rng.integers(1, n))))
+    return B @ B.T
+
+
+@eager_backends
+def test_exactly_singular_matrices_have_no_inverse(b):
+    """Whatever sign rounding gives their last pivots."""
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5, 8, 20, 100):
+        M = np.stack([singular(rng, n) for _ in range(20)])
+        assert np.isnan(b.numpy(spd.inverse(b.array(M)))).all()
+        assert np.isnan(b.numpy(spd.inverse_root(b.array(M), 2))).all()
+        for one in M[:5]:
+            assert np.isnan(b.numpy(spd.inverse(b.array(one)))).all()

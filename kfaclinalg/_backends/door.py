@@ -38,7 +38,7 @@ class Backend(NamedTuple):
     def widest(self) -> DType:
         """The dtype in which scalars accumulate: float64 where the device has it."""
         dtypes = self.xp.__array_namespace_info__().dtypes(kind="real floating", device=self.device)
-        return dtypes.get("float64", self.dtype)
+        return dtypes.get("float64", self.xp.float32)
 
     def eye(self, n: int) -> Array:
         return self.xp.eye(n, dtype=self.dtype, device=self.device)

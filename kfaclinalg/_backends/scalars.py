@@ -8,7 +8,7 @@ from typing import Any
 
 from .._checks import check_batches, fraction, nonnegative
 from .._typing import Array, Scalar
-from .door import Backend, check_place, namespace_of, narrowed, operand
+from .door import Backend, backend_of, check_place, namespace_of, narrowed, operand
 
 
 def scalar(
@@ -41,4 +41,4 @@ def count(name: str, x: Any) -> Array:
         return x
     if not xp.isdtype(x.dtype, "integral"):
         raise TypeError(f"{name} has dtype {x.dtype}, expected integers")
-    return xp.astype(x, xp.__array_namespace_info__().default_dtypes()["real floating"])
+    return xp.astype(x, backend_of(x).widest)
