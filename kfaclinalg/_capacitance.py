@@ -29,7 +29,7 @@ def applies(U: Array, s: Array, d: Array) -> bool:
     """Whether it is one matrix, whose values may be read, with positive s and d."""
     if (U.ndim, s.ndim, d.ndim) != (2, 1, 1) or 0 in U.shape or not all(map(_backends.may_read, (U, s, d))):
         return False
-    xp = _backends.backend_of(U).xp
+    xp = _backends.namespace_of(U)
     return bool(xp.min(s) > 0) and bool(xp.min(d) > 0) and bool(xp.max(d) < float("inf"))
 
 
@@ -86,6 +86,6 @@ def is_refined(b: _backends.Backend, step: Array, Z: Array) -> bool:
 
 def logdet(U: Array, s: Array, d: Array) -> Array:
     """log det M."""
-    xp = _backends.backend_of(U).xp
+    xp = _backends.namespace_of(U)
     _, R, root, _ = whitened(U, s, d)
     return 2 * (xp.sum(xp.log(root)) + xp.sum(xp.log(xp.linalg.diagonal(R) * xp.sqrt(s))))

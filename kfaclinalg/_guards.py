@@ -40,6 +40,6 @@ def is_noise(change: float, norm: float, loss: float, size: float, eps: float) -
 
 def _mean_eigenvalue(layer: LayerFactors) -> float:
     """tr(A) tr(G) / (n m)."""
-    trace = _backends.backend_of(layer.A).xp.linalg.trace
+    trace = _backends.namespace_of(layer.A).linalg.trace
     a, g = (float(trace(M)) / M.shape[-1] for M in layer)
     return abs(a * g)

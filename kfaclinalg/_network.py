@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _backends, _checks
-from ._sides import resolve_sides
 from ._typing import Array
 from .factors import Factors, LayerFactors, Link
 
@@ -17,7 +16,6 @@ def layers(factors: Factors) -> dict[str, LayerFactors]:
     held = {f"factors.layers[{i}]": layer for i, layer in enumerate(_checks.items("factors.layers", factors.layers))}
     for at, layer in held.items():
         _checks.check_class(at, layer, LayerFactors)
-        _checks.named(at, resolve_sides, A=layer.A, G=layer.G)
     return held
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from . import _backends, _checks, spd
 from ._typing import Array, Side
-from ._value import leaves, rebuilt
+from ._value import leaves
 from .cholesky_inverse import CholeskyInverse
 from .dense import Dense
 from .low_rank import Diagonal, LowRankPlusDiagonal
@@ -24,15 +24,33 @@ def as_given(M: SideLike) -> SideLike:
 
 def side(M: SideLike) -> Side:
     """M itself, or the `Dense` of an array that `resolve_sides` has seen."""
-    return M if isinstance(M, KINDS) else rebuilt(Dense, (M,))
+    if isinstance(M, KINDS):
+        return M
+    made = object.__new__(Dense)  # for a moment, without checks
+    object.__setattr__(made, "M", M)
+    return made
+
+
+def between(B: SideLike, X: Array, A: SideLike) -> Array:
+    """B X Aᵀ, at once where both are arrays."""
+    if isinstance(A, KINDS) or isinstance(B, KINDS):
+        return side(A).apply_right(side(B).apply(X))
+    return _backends.product(B, X, A.mT)
 
 
 def resolve_sides(**sides: SideLike) -> _backends.Backend:
     """The backend that all the sides share; what is dense must be square, and the batches must broadcast."""
-    b = _backends.resolve(**{name: next(leaves(M)) if isinstance(M, KINDS) else M for name, M in sides.items()})
-    _checks.check_square(**{name: M for name, M in sides.items() if not isinstance(M, KINDS)})
-    _checks.check_batches(**{name: side(M).batch_shape for name, M in sides.items()})
+    dense = {name: M for name, M in sides.items() if not isinstance(M, KINDS)}
+    arrays: dict[str, Any] = {name: M if name in dense else next(leaves(M)) for name, M in sides.items()}
+    b = _backends.resolve(**arrays)
+    _checks.check_square(**dense)
+    _checks.check_batches(**{name: batch_of(M) for name, M in sides.items()})
     return b
+
+
+def batch_of(M: SideLike) -> tuple[int, ...]:
+    """The leading dimensions of a side."""
+    return M.batch_shape if isinstance(M, KINDS) else tuple(M.shape[:-2])
 
 
 def inverses(sides: Iterable[SideLike], method: str) -> list[SideLike]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from inspect import isfunction
 from typing import Any, TypeVar, dataclass_transform
 
-from ._backends import in_full_precision, pytrees
+from ._backends import pytrees
 from ._backends.transfer import dtype_name
 
 T = TypeVar("T")
@@ -19,7 +18,7 @@ def value(cls: type[T], /) -> type[T]:
     """A frozen dataclass with slots whose fields are arrays, other values, or tuples of these. Equality is identity.
 
     Its repr shows shapes, dtype and device, and reads no entry; `numpy_array @ it` is a TypeError; it can be pickled
-    and copied. Its methods compute outside of autocast. It is a pytree of JAX and of torch, which rebuild it without
+    and copied. It is a pytree of JAX and of torch, which rebuild it without
     `__post_init__`, whatever its leaves are then. A framework that is imported later learns of all the classes when the
     next instance is made.
 
@@ -38,9 +37,6 @@ def value(cls: type[T], /) -> type[T]:
             check(self)
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
-    for name, f in list(vars(cls).items()):
-        if isfunction(f) and (name == "__matmul__" or not name.startswith("_")):
-            setattr(cls, name, in_full_precision(f))
     made = dataclass(frozen=True, eq=False, repr=False, slots=True)(cls)
     for name, attribute in (("__repr__", _description), ("__setstate__", _restore), ("__array_ufunc__", None)):
         setattr(made, name, attribute)

@@ -38,6 +38,7 @@ def logdet(U: Array, s: Array, d: Array) -> Array:
     return factorise(_backends.backend_of(U), U, s, d, "woodbury").logdet
 
 
+@_backends.in_full_precision
 def factorise(b: _backends.Backend, U: Array, s: Array, d: Array, method: str) -> Factorisation:
     """By one of METHODS, for U (..., n, k), s (..., k) and d (..., n). 14 n k² flops."""
     xp, (n, k) = b.xp, U.shape[-2:]

@@ -97,7 +97,7 @@ def averaging_decay(iteration: Scalars, /, *, maximum: float = 0.95) -> Scalars:
         return min(1 - 1 / _checks.integer("iteration", iteration, 1), bound)
     k = _backends.count("iteration", iteration)
     epsilon = 1 - 1 / k
-    return _backends.backend_of(k).xp.where(epsilon < bound, epsilon, bound)
+    return _backends.namespace_of(k).where(epsilon < bound, epsilon, bound)
 
 
 def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: Scalar) -> Iterator[Array]:

@@ -135,7 +135,7 @@ class BlockTridiagonalInverse:
         for i, (A, G) in enumerate(zip(self.Psi_A, self.Psi_G, strict=True)):
             Xi[i, i + 1] = -_backends.kron(A, G)
         dense = _assembled(Xi)
-        return dense.mT @ _assembled(Lambda) @ dense
+        return product(dense.mT, _assembled(Lambda), dense)
 
     def as_scipy(self) -> _conversions.LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""

@@ -54,6 +54,7 @@ class CholeskyInverse:
         Y = self._operand(X, ("r", self.shape[0]))
         return _backends.narrowed(_backends.substituted(self.L, Y.mT).mT, X.dtype)
 
+    @_backends.in_full_precision
     def inverse(self) -> Array:
         """L Lᵀ (..., n, n), a dense array, exactly symmetric. 2 n³ flops."""
         L = self._lower()
@@ -68,6 +69,7 @@ class CholeskyInverse:
         shift = _backends.scalar(self._backend(), "shift", shift, _checks.number, L=self.batch_shape)
         return _backends.shifted(self.to_dense(), shift)
 
+    @_backends.in_full_precision
     def solve(self, X: Array) -> Array:
         """L Lᵀ X for X (..., n, r). 4 n² r flops."""
         L, Y = self._lower(), self._operand(X, (self.shape[0], "r"))

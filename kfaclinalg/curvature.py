@@ -145,6 +145,7 @@ def _starts(start: BlockDiagonal | None, layers: int) -> list[tuple[Any, Any]]:
 
 
 def _truncated(layer: LayerFactors, rank: int, A_start: Any, G_start: Any) -> LayerFactors:
+    resolve_sides(A=layer.A, G=layer.G)
     n, m = (side(M).shape[0] for M in layer)
     A = low_rank(layer.A, min(rank, n), start=A_start)
     return LayerFactors(A, low_rank_plus_diagonal(layer.G, min(rank, m), start=G_start))

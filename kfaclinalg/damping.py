@@ -63,7 +63,7 @@ def _sides(layer: LayerFactors, norm: str) -> tuple[_backends.Backend, Side, Sid
 def _pi(norm: str, A: Side, G: Side) -> Array:
     """√a/√g, not √(a/g): the quotient of two extreme sizes may leave the range."""
     a, g = _size(A, norm), _size(G, norm)
-    xp = _backends.backend_of(a).xp
+    xp = _backends.namespace_of(a)
     a, g = (xp.where(xp.isfinite(size), size, _backends.NAN) for size in (a, g))
     zero = (a == 0) | (g == 0)
     return xp.sqrt(xp.where(zero, 1.0, a)) / xp.sqrt(xp.where(zero, 1.0, g))
@@ -72,10 +72,9 @@ def _pi(norm: str, A: Side, G: Side) -> Array:
 def _size(M: Side, norm: str) -> Array:
     n = M.shape[-1]
     if norm == "trace" or n == 0:
-        d = M.diagonal() / max(n, 1)  # divided first: a sum of large entries may overflow
-        return _backends.backend_of(d).xp.sum(d, axis=-1)
+        return M.trace() / max(n, 1)
     dense = M.to_dense()
-    xp = _backends.backend_of(dense).xp
+    xp = _backends.namespace_of(dense)
     if norm == "spectral":
         return xp.max(xp.abs(_backends.eigvalsh(dense)), axis=-1)
     largest = xp.max(xp.abs(dense), axis=(-2, -1), keepdims=True)

@@ -75,11 +75,11 @@ class Dense:
 
     def trace(self) -> Array:
         """tr M (...). n flops."""
-        return _backends.backend_of(self.M).xp.linalg.trace(self.M)
+        return _backends.namespace_of(self.M).linalg.trace(self.M)
 
     def diagonal(self) -> Array:
         """The diagonal (..., n). No flops."""
-        return _backends.backend_of(self.M).xp.linalg.diagonal(self.M)
+        return _backends.namespace_of(self.M).linalg.diagonal(self.M)
 
     def to_dense(self) -> Array:
         """M itself. No flops."""

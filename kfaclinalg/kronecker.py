@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import _backends, _checks, _conversions
-from ._sides import ROUTINES, SideLike, as_given, inverses, resolve_sides, side
+from ._sides import ROUTINES, SideLike, as_given, batch_of, between, inverses, resolve_sides, side
 from ._typing import Array, Scalar, Side
 from ._value import rebuilt, value
 from .kronecker_basis import KroneckerBasis
@@ -49,7 +49,7 @@ class OuterProduct:
 
     def to_dense(self) -> Array:
         """L Rᵀ (..., m, n). 2 m n r flops."""
-        return self.L @ self.R.mT
+        return _backends.product(self.L, self.R.mT)
 
 
 @value
@@ -91,8 +91,7 @@ class Kronecker:
         """B V Aᵀ (..., m, n), as `@`. 2 m n (m + n) flops; for an `OuterProduct` V those of `apply_outer`."""
         if isinstance(V, OuterProduct):
             return self.apply_outer(V.L, V.R)
-        A, B = self._sides()
-        return self._narrowed(A.apply_right(B.apply(self._operand(V))), V)
+        return self._narrowed(between(self.B, self._operand(V), self.A), V)
 
     __matmul__ = apply
 
@@ -170,7 +169,7 @@ class Kronecker:
         return X
 
     def _batches(self) -> dict[str, tuple[int, ...]]:
-        return {name: M.batch_shape for name, M in zip("AB", self._sides(), strict=True)}
+        return {"A": batch_of(self.A), "B": batch_of(self.B)}
 
     def _narrowed(self, U: Array, V: Array) -> Array:
         return _backends.narrowed(U, V.dtype)

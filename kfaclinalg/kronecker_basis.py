@@ -72,16 +72,19 @@ class KroneckerBasis:
         positive = b.xp.where(b.xp.isfinite(self.weights) & (self.weights > 0), self.weights, _backends.NAN)
         return 2 * (m * log_A + n * log_B) + b.xp.sum(b.xp.log(positive), axis=(-2, -1))
 
+    @_backends.in_full_precision
     def trace(self) -> Array:
         """Σ weights_ij ‖K_B e_i‖² ‖K_A e_j‖² (...). 2 (m² + n² + m n) flops."""
         xp = self._backend().xp
         a, b = (xp.sum(K * K, axis=-2) for K in (self.K_A, self.K_B))
         return xp.sum(b * (self.weights @ a[..., None])[..., 0], axis=-1)
 
+    @_backends.in_full_precision
     def diagonal(self) -> Array:
         """(K_B ∘ K_B) weights (K_A ∘ K_A)ᵀ: the diagonal, shaped like V. 2 m n (m + n) flops."""
         return (self.K_B * self.K_B) @ self.weights @ (self.K_A * self.K_A).mT
 
+    @_backends.in_full_precision
     def to_dense(self) -> Array:
         """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. 2 m³ n³ flops."""
         K = _backends.kron(self.K_A, self.K_B)

@@ -133,6 +133,7 @@ class KroneckerPair:
         bound = C * max(self.shape) * b.eps * (self._norm() * size + b.xp.linalg.matrix_norm(V, keepdims=True))
         return U * b.xp.where((remainder < b.eps) & (error <= bound), b.zeros() + 1, _backends.NAN)
 
+    @_backends.in_full_precision
     def _squarings(self) -> tuple[list[tuple[Array, Array]], Array]:
         """P and Q, squared again and again, and the last ‖P‖ ‖Q‖ (..., 1, 1).
 
@@ -155,6 +156,7 @@ class KroneckerPair:
                 break
         return powers, remainder
 
+    @_backends.in_full_precision
     def _series(self, V: Array, powers: list[tuple[Array, Array]]) -> Array:
         xp = self._backend().xp
         W = spd.solve(self.A, spd.solve(self.B, V).mT).mT

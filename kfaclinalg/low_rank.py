@@ -111,6 +111,7 @@ class LowRankPlusDiagonal:
         """(U ∘ U) s + d (..., n). 3 n k flops."""
         return self._backend().xp.sum(self.U * self.U * self.s[..., None, :], axis=-1) + self.d
 
+    @_backends.in_full_precision
     def to_dense(self) -> Array:
         """M (..., n, n), exactly symmetric. 2 n² k flops."""
         return _backends.symmetrised((self.U * self.s[..., None, :]) @ self.U.mT) + Diagonal(self.d).to_dense()
@@ -118,6 +119,7 @@ class LowRankPlusDiagonal:
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(U=self.U, s=self.s, d=self.d)
 
+    @_backends.in_full_precision
     def _applied(self, X: Array) -> Array:
         return self.U @ (self.s[..., None] * (self.U.mT @ X)) + self.d[..., None] * X
 

@@ -129,7 +129,7 @@ def reduction_ratio(loss_before: Scalars, loss_after: Scalars, change: Scalars, 
     h, after, M = _scalars(loss_before=loss_before, loss_after=loss_after, change=change)
     if isinstance(M, float):
         return (after - h) / M if M else math.nan
-    xp = _backends.backend_of(M).xp
+    xp = _backends.namespace_of(M)
     return xp.where(M == 0, math.nan, (after - h) / xp.where(M == 0, 1.0, M))
 
 
@@ -151,7 +151,7 @@ def levenberg_marquardt(damping: Scalars, ratio: Scalars, /, *, omega: Scalars) 
     lam, rho, omega1 = _scalars(damping=damping, ratio=ratio, omega=omega)
     if isinstance(rho, float):
         return omega1 * lam if rho > 0.75 else lam if rho >= 0.25 else lam / omega1
-    xp = _backends.backend_of(rho).xp
+    xp = _backends.namespace_of(rho)
     return xp.where(rho > 0.75, omega1 * lam, xp.where(rho >= 0.25, lam, lam / omega1))
 
 

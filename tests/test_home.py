@@ -341,7 +341,7 @@ def test_nothing_else_is_taken(taken):
     assert not taken
     half = Kronecker(torch.eye(3), torch.eye(2)) @ torch.ones(2, 3, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert len(taken) == 2
+    assert len(taken) == 1
 
 
 def broken(kind, dtype):
@@ -391,7 +391,7 @@ def test_products_with_nan_and_infinity_are_those_of_torch(b, taken, machine):
         machine(native=True)
         for x, y in zip(*(torch.utils._pytree.tree_leaves(r) for r in (there, f())), strict=True):
             torch.testing.assert_close(x, y, equal_nan=True)
-    assert len(taken) == 4
+    assert len(taken) == 3
 
 
 @both_dtypes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._typing import Array
 from . import frameworks, single, spectra
-from .door import backend_of
+from .door import backend_of, namespace_of
 from .home import in_full_precision, routine
 from .members import kept, symmetrised
 from .routines import back_substitution, cholesky, eigh, eigvalsh, forward_substitution
@@ -64,4 +64,4 @@ def left_singular(R: Array) -> tuple[Array, Array]:
 @routine(single=single.completed, torch=frameworks.completed_by_torch)
 def completed(X: Array) -> Array:
     """Orthogonal E (..., n, n) whose first k columns span those of X (..., n, k)."""
-    return backend_of(X).xp.linalg.qr(X, mode="complete")[0]
+    return namespace_of(X).linalg.qr(X, mode="complete")[0]

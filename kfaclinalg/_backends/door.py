@@ -19,7 +19,7 @@ from .._typing import Array, ArrayT, Device, DType, Namespace
 
 NAN = math.nan
 KINDS = ("torch", "jax", "cupy", "numpy")
-_known: dict[type, tuple[Namespace, str]] = {np.ndarray: (numpy_namespace, "numpy")}  # and torch.Tensor, once seen
+_known: dict[type, tuple[Namespace, str]] = {np.ndarray: (numpy_namespace, "numpy")}  # and more of theirs, once seen
 
 
 class Backend(NamedTuple):
@@ -99,8 +99,9 @@ def kind_of(x: object) -> str:
     return known[1] if known else _origin("x", x)[1]
 
 
-def namespace_of(name: str, x: Any) -> Namespace:
-    return _origin(name, x)[0]
+def namespace_of(x: Any, name: str = "x") -> Namespace:
+    """The array-API module of an array."""
+    return known[0] if (known := _known.get(type(x))) else _origin(name, x)[0]
 
 
 def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
@@ -125,7 +126,7 @@ def _namespace(name: str, x: Any) -> tuple[Namespace, str]:
         raise TypeError(f"{name} is a {class_of(x)}, expected an array (NumPy, CuPy, torch, JAX, ...)") from error
     parts = xp.__name__.split(".")
     kind = next((kind for kind in KINDS if kind in parts), "other")
-    if class_of(x) == "torch.Tensor":
+    if isinstance(x, np.generic) or class_of(x) == "torch.Tensor":
         _known[type(x)] = xp, kind
     return xp, kind
 

@@ -57,7 +57,8 @@ def routine(
     """
 
     def chosen(standard: Body) -> Body:
-        @in_full_precision
+        in_torch = in_full_precision(own.get("torch", standard))
+
         @wraps(standard)
         def run(*args: Any) -> Any:
             kind = kind_of(args[0])
@@ -67,7 +68,7 @@ def routine(
                 if kind == "torch" and (views := _views(args, rule)) is not None:
                     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
                         return _returned(single(*views))
-            return own.get(kind, standard)(*args)
+            return (in_torch if kind == "torch" else own.get(kind, standard))(*args)
 
         run.bodies = {*own, *(("single",) if single else ())}  # type: ignore[attr-defined]
         return run
@@ -96,9 +97,17 @@ def is_watched() -> bool:
     """
     import torch
 
-    keys = torch._C._dispatch_tls_local_include_set()
+    keys, (one, other) = torch._C._dispatch_tls_local_include_set(), _watchers()
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return tracing or any(keys.has(getattr(torch._C.DispatchKey, name)) for name in WATCHERS)
+    return tracing or keys.has(one) or keys.has(other)
+
+
+@cache
+def _watchers() -> tuple[Any, ...]:
+    """The keys of torch.func and of a TorchDispatchMode."""
+    import torch
+
+    return tuple(getattr(torch._C.DispatchKey, name) for name in WATCHERS)
 
 
 def may_read(x: Any) -> bool:

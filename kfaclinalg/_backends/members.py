@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._typing import Array, ArrayT
-from .door import NAN, Backend, backend_of
+from .door import NAN, Backend, backend_of, namespace_of
 
 UNCERTAIN = 4  # eigenvalues below so many eps of the largest have no certain sign
 
@@ -21,7 +21,7 @@ def symmetrised(M: ArrayT) -> ArrayT:
 
 def kept(good: Array, x: Array, core: int = 2) -> Array:
     """x, its last `core` dimensions NaN where `good` (...) is false."""
-    return backend_of(x).xp.where(good[(..., *(None,) * core)], x, NAN)
+    return namespace_of(x).where(good[(..., *(None,) * core)], x, NAN)
 
 
 def per_member(x: Any, core: int = 2) -> Any:

@@ -12,7 +12,7 @@ from operator import matmul
 
 from .._typing import Array, Scalar
 from . import frameworks, single, spectra
-from .door import NAN, backend_of
+from .door import NAN, backend_of, namespace_of
 from .home import rank_n_goes_to_blas, routine
 from .members import UNCERTAIN, definite_inverse, each_member, kept, per_member, proper_inverse, symmetrised, verified
 
@@ -79,7 +79,7 @@ def forward_substitution(L: Array, X: Array) -> Array:
 )
 def back_substitution(L: Array, X: Array) -> Array:
     """L⁻ᵀ X for lower triangular L."""
-    xp = backend_of(L).xp
+    xp = namespace_of(L)
     return xp.flip(forward_substitution(xp.flip(L.mT, axis=(-2, -1)), xp.flip(X, axis=-2)), axis=-2)
 
 
@@ -92,7 +92,7 @@ def substituted(L: Array, X: Array) -> Array:
 
 def nonsingular(L: Array) -> Array:
     """L, NaN for a member that has a zero on its diagonal, or what is not finite."""
-    xp = backend_of(L).xp
+    xp = namespace_of(L)
     d = xp.linalg.diagonal(L)
     return kept(xp.all((d != 0) & xp.isfinite(d), axis=-1), L)
 
@@ -132,7 +132,7 @@ def inverse_root(M: Array, p: float) -> Array:
 @routine(single=single.logdet)
 def logdet(M: Array) -> Array:
     """log det M (...)."""
-    xp = backend_of(M).xp
+    xp = namespace_of(M)
     return 2 * xp.sum(xp.log(xp.linalg.diagonal(cholesky(M))), axis=-1)
 
 
@@ -179,4 +179,4 @@ def kron(A: Array, B: Array) -> Array:
     """The matrix A ⊗ B (..., p r, q s) for A (..., p, q) and B (..., r, s)."""
     dense = A[..., :, None, :, None] * B[..., None, :, None, :]
     *batch, p, r, q, s = dense.shape
-    return backend_of(dense).xp.reshape(dense, (*batch, p * r, q * s))
+    return namespace_of(dense).reshape(dense, (*batch, p * r, q * s))

@@ -36,7 +36,7 @@ def weight(b: Backend, name: str, x: Any) -> Scalar:
 
 def count(name: str, x: Any) -> Array:
     """An array (...) of integers, or of whole floating-point numbers, as floating-point ones; its values unseen."""
-    xp = namespace_of(name, x)
+    xp = namespace_of(x, name)
     if xp.isdtype(x.dtype, "real floating"):
         return x
     if not xp.isdtype(x.dtype, "integral"):

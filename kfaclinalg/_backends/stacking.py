@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from .._typing import Array
-from .door import backend_of
+from .door import backend_of, namespace_of
 from .transfer import is_array
 
 Row: TypeAlias = tuple[Any, ...]
@@ -38,7 +38,7 @@ def _stacks(x: Array) -> bool:
 def _at_once(f: Callable[..., Results], rows: list[Row]) -> list[Results]:
     if len(rows) == 1:
         return [f(*rows[0])]
-    xp = backend_of(rows[0][0]).xp
+    xp = namespace_of(rows[0][0])
     results = f(*(xp.stack(column) for column in zip(*rows, strict=True)))
     if isinstance(results, tuple):
         return list(zip(*(xp.unstack(x) for x in results), strict=True))
