@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
-from . import _backends, _checks, spd
-from ._typing import Array, Side
+from . import _backends, _checks
+from ._typing import Array, Scalar, Side
 from ._value import leaves
 from .cholesky_inverse import CholeskyInverse
 from .dense import Dense
@@ -14,7 +14,10 @@ from .low_rank import Diagonal, LowRankPlusDiagonal
 
 SideLike: TypeAlias = "Array | Dense | Diagonal | LowRankPlusDiagonal | CholeskyInverse"
 KINDS = (Dense, Diagonal, LowRankPlusDiagonal, CholeskyInverse)
-ROUTINES = {"explicit": spd.inverse, "cholesky": spd.cholesky}  # what each method of an inverse makes of an array
+ROUTINES = {
+    "explicit": _backends.inverse,
+    "cholesky": _backends.cholesky,
+}  # what each method of an inverse makes of an array
 
 
 def as_given(M: SideLike) -> SideLike:
@@ -53,12 +56,12 @@ def batch_of(M: SideLike) -> tuple[int, ...]:
     return M.batch_shape if isinstance(M, KINDS) else tuple(M.shape[:-2])
 
 
-def inverses(sides: Iterable[SideLike], method: str) -> list[SideLike]:
-    """The inverse of each side, by `method` where it is an array: of equal shapes at once where that is cheaper."""
+def inverses(sides: Iterable[SideLike], shifts: Iterable[Scalar], method: str) -> list[SideLike]:
+    """(M + shift I)⁻¹ of each side, by `method` where it is an array: of equal shapes at once where that is cheaper."""
 
-    def inverse(M: SideLike) -> SideLike:
+    def inverse(M: SideLike, shift: Scalar) -> SideLike:
         if not isinstance(M, KINDS):
-            return ROUTINES[method](M)
+            return ROUTINES[method](M, shift)
         made = M.inverse()
         return made if isinstance(made, KINDS) else Dense(made)
 
@@ -67,4 +70,12 @@ def inverses(sides: Iterable[SideLike], method: str) -> list[SideLike]:
             return as_given(made)
         return CholeskyInverse(made) if method == "cholesky" else made
 
-    return [shown(made) for made in _backends.each(inverse, sides)]
+    rows = (_apart(M, shift) for M, shift in zip(sides, shifts, strict=True))
+    return [shown(made) for made in _backends.each(inverse, rows)]
+
+
+def _apart(M: SideLike, shift: Scalar) -> tuple[SideLike, Scalar]:
+    """M and a shift for each of its members, which a routine adds by itself; else their sum."""
+    if not isinstance(M, KINDS) and (isinstance(shift, float) or shift.ndim == M.ndim - 2):
+        return M, shift
+    return (M if type(shift) is float and shift == 0 else side(M).shifted(shift)), 0.0

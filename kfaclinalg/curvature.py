@@ -11,7 +11,7 @@ from ._sides import ROUTINES, inverses, resolve_sides, side
 from ._typing import Scalar
 from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
-from .damping import factored_tikhonov
+from .damping import _shifts, factored_tikhonov
 from .factors import Factors, LayerFactors
 from .kronecker import Kronecker, _shifted_inverse
 from .kronecker_basis import KroneckerBasis
@@ -38,8 +38,10 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     _checks.check_choice("method", method, ROUTINES)
-    damped = (M for layer in _damped(factors, gamma, norm) for M in layer)
-    return BlockDiagonal(tuple(rebuilt(Kronecker, pair) for pair in _pairs(inverses(damped, method))))
+    layers = _network.layers(factors)
+    shifts = (x for at, M in layers.items() for x in _checks.named(at, _shifts, M, gamma, norm))
+    inverted = inverses((M for layer in layers.values() for M in layer), shifts, method)
+    return BlockDiagonal(tuple(rebuilt(Kronecker, pair) for pair in _pairs(inverted)))
 
 
 def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str = "trace") -> BlockTridiagonalInverse:
@@ -71,7 +73,7 @@ def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str =
         for side in zip(lower, upper, link, strict=True)
     ]
     Psi_A, Psi_G, Lambda = [], [], []
-    for (Psi, K_A, s_A), (Phi, K_G, s_G) in _pairs(_backends.each(_backends.conditional, *zip(*sides, strict=True))):
+    for (Psi, K_A, s_A), (Phi, K_G, s_G) in _pairs(_backends.each(_backends.conditional, sides)):
         Psi_A.append(Psi)
         Psi_G.append(Phi)
         weights = _backends.reciprocal(1 - s_G[..., :, None] * s_A[..., None, :])
@@ -95,7 +97,7 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     """
     layers = _network.layers(factors)
     shifts = [_checks.named(at, _shift, layer, damping) for at, layer in layers.items()]
-    spectra = _backends.each(_backends.eigh, (side(M).to_dense() for layer in layers.values() for M in layer))
+    spectra = _backends.each(_backends.eigh, ((side(M).to_dense(),) for layer in layers.values() for M in layer))
     blocks = zip(_pairs(spectra), shifts, strict=True)
     return BlockDiagonal(tuple(_shifted_inverse(A, G, shift) for (A, G), shift in blocks))
 

@@ -48,10 +48,15 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
     >>> factored_tikhonov(LayerFactors(4 * np.eye(1), np.eye(1)), 0.5)
     LayerFactors(A=array([[5.]]), G=array([[1.25]]))
     """
+    return LayerFactors(*(side(M).shifted(shift) for M, shift in zip(layer, _shifts(layer, gamma, norm), strict=True)))
+
+
+def _shifts(layer: LayerFactors, gamma: Scalar, norm: str) -> tuple[Array, Array]:
+    """π γ and γ/π."""
     b, A, G = _sides(layer, norm)
     gamma = _backends.scalar(b, "gamma", gamma, A=A.batch_shape, G=G.batch_shape)
     pi = _pi(norm, A, G)
-    return LayerFactors(A.shifted(pi * gamma), G.shifted(gamma / pi))
+    return pi * gamma, gamma / pi
 
 
 def _sides(layer: LayerFactors, norm: str) -> tuple[_backends.Backend, Side, Side]:

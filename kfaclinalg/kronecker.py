@@ -116,7 +116,7 @@ class Kronecker:
         or low-rank side has an inverse of its own kind.
         """
         _checks.check_choice("method", method, ROUTINES)
-        return rebuilt(Kronecker, inverses((self.A, self.B), method))
+        return rebuilt(Kronecker, inverses((self.A, self.B), (0.0, 0.0), method))
 
     def solve(self, V: Array) -> Array:
         """B⁻¹ V A⁻¹ by Cholesky factorisation: backward stable, for one-off use. (n³ + m³)/3 + 2 m n (m + n) flops."""
@@ -135,7 +135,7 @@ class Kronecker:
         the sum need be positive definite. `shift` is λ + η, what is added to the curvature itself.
         """
         shift = _backends.scalar(resolve_sides(A=self.A, B=self.B), "shift", shift, **self._batches())
-        A, B = _backends.each(_backends.eigh, [M.to_dense() for M in self._sides()])
+        A, B = _backends.each(_backends.eigh, [(M.to_dense(),) for M in self._sides()])
         return _shifted_inverse(A, B, shift)
 
     def logdet(self) -> Array:

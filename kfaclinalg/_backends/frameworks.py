@@ -24,11 +24,15 @@ def shifted_by_torch(M: Tensor, shift: Scalar) -> Tensor:
     return torch.diagonal_scatter(torch.broadcast_to(M, (*d.shape, d.shape[-1])), d, dim1=-2, dim2=-1)
 
 
-def cholesky_by_torch(M: Tensor) -> Tensor:
-    """L with L Lᵀ = M. On a CPU LAPACK flags a partial factor, and a NaN or an infinity reaches the diagonal of L."""
+def _damped(M: Tensor, shift: Scalar) -> Tensor:
+    return M if isinstance(shift, float) and shift == 0 else shifted_by_torch(M, shift)
+
+
+def cholesky_by_torch(M: Tensor, shift: Scalar = 0.0) -> Tensor:
+    """L with L Lᵀ = M + shift I. On a CPU LAPACK flags a partial factor; NaN and infinity reach the diagonal of L."""
     import torch
 
-    M = symmetrised(M)
+    M = symmetrised(_damped(M, shift))
     L, info = torch.linalg.cholesky_ex(M)
     if not M.is_cpu:
         return verified(L, M)
@@ -39,8 +43,9 @@ def cholesky_by_torch(M: Tensor) -> Tensor:
     return L.masked_fill(~accepted[..., None, None], NAN)
 
 
-def inverse_by_torch(M: Tensor) -> Tensor:
-    """M⁻¹ by the two routines that torch has for it."""
+def inverse_by_torch(M: Tensor, shift: Scalar = 0.0) -> Tensor:
+    """(M + shift I)⁻¹ by the two routines that torch has for it."""
+    M = _damped(M, shift)
     return definite_inverse(M, inverse_of_factor_by_torch(cholesky_by_torch(M)))
 
 

@@ -52,8 +52,8 @@ def routine(
 ) -> Callable[[Body], Body]:
     """The body below, or another one in its place: the backend's own, or `single` for single matrices of a CPU.
 
-    `single` takes floats and NumPy arrays of at most two dimensions, none of them empty, and changes none. It returns
-    an array or several.
+    `single` takes floats and NumPy arrays of no dimension or two, none of them empty, and changes none. It returns an
+    array or several.
     """
 
     def chosen(standard: Body) -> Body:
@@ -144,7 +144,7 @@ def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
         elif (
             type(x) is not torch.Tensor
             or not x.is_cpu
-            or x.ndim > 2
+            or x.ndim not in (0, 2)
             or x.numel() == 0
             or (recording and x.requires_grad)
             or forward_ad.unpack_dual(x).tangent is not None
@@ -160,4 +160,6 @@ def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
 
 def _are_single(args: Sequence[Any]) -> bool:
     numbers = float, np.generic
-    return all(isinstance(x, numbers) or (type(x) is np.ndarray and x.ndim <= 2 and 0 not in x.shape) for x in args)
+    return all(
+        isinstance(x, numbers) or (type(x) is np.ndarray and x.ndim in (0, 2) and 0 not in x.shape) for x in args
+    )

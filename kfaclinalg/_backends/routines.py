@@ -41,13 +41,18 @@ def shifted(M: Array, shift: Scalar) -> Array:
     return M + per_member(shift) * backend_of(M).eye(M.shape[-1])
 
 
+def damped(M: Array, shift: Scalar) -> Array:
+    """M + shift I, M itself where there is no shift."""
+    return M if isinstance(shift, float) and shift == 0 else shifted(M, shift)
+
+
 @routine(single=single.cholesky, torch=frameworks.cholesky_by_torch)
-def cholesky(M: Array) -> Array:
-    """Lower triangular L with L Lᵀ = M, all NaN for a member that is not positive definite.
+def cholesky(M: Array, shift: Scalar = 0.0) -> Array:
+    """Lower triangular L with L Lᵀ = M + shift I, all NaN for a member that is not positive definite.
 
     A failure is an exception, a flag, or nothing at all: a partial factor and silence. One test serves.
     """
-    b, M = backend_of(M), symmetrised(M)
+    b, M = backend_of(M), symmetrised(damped(M, shift))
     (L,) = each_member(b, lambda M: (b.xp.linalg.cholesky(M),), M)
     return verified(L, M)
 
@@ -105,9 +110,9 @@ def inverse_of_factor(L: Array) -> Array:
 
 
 @routine(single=single.inverse, torch=frameworks.inverse_by_torch)
-def inverse(M: Array) -> Array:
-    """M⁻¹, exactly symmetric."""
-    return definite_inverse(M, inverse_of_factor(cholesky(M)))
+def inverse(M: Array, shift: Scalar = 0.0) -> Array:
+    """(M + shift I)⁻¹, exactly symmetric."""
+    return definite_inverse(damped(M, shift), inverse_of_factor(cholesky(M, shift)))
 
 
 @routine(single=single.solve, torch=frameworks.solve_by_torch)

@@ -38,18 +38,20 @@ def _rank_n(x: Matrix, alpha: float, **options: Any) -> Matrix:
     return of_dtype(blas, x, "syrk")(alpha, a, trans=trans, lower=1, **options)
 
 
-def cholesky(M: Matrix) -> Matrix:
-    """Lower L with L Lᵀ = (M + Mᵀ)/2."""
-    L = factor(M)
+def cholesky(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I."""
+    L = factor(M, shift)
     return np.full_like(M, NAN) if L is None else cleaned(L)
 
 
-def factor(M: Matrix) -> Matrix | None:
-    """Lower L with L Lᵀ = (M + Mᵀ)/2, with anything above it; None where there is none."""
-    L, info = of_dtype(lapack, M, "potrf")(lower_half(M), lower=1, clean=0, overwrite_a=1)
+def factor(M: Matrix, shift: Matrix | float = 0.0) -> Matrix | None:
+    """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, with anything above it; None where there is none."""
+    X, d = lower_half(M), M.diagonal() + shift
+    np.einsum("ii->i", X)[:] = d  # a view, whatever the layout
+    L, info = of_dtype(lapack, M, "potrf")(X, lower=1, clean=0, overwrite_a=1)
     if info or not math.isfinite(L.trace()):
         return None
-    return L if (L.diagonal() ** 2 > noise(eps(M), len(M)) * M.diagonal()).all() else None
+    return L if (L.diagonal() ** 2 > noise(eps(M), len(M)) * d).all() else None
 
 
 def forward_substitution(L: Matrix, X: Matrix) -> Matrix:
@@ -62,9 +64,9 @@ def back_substitution(L: Matrix, X: Matrix) -> Matrix:
     return of_dtype(lapack, L, "trtrs")(L, X, lower=True, trans=1)[0]
 
 
-def inverse(M: Matrix) -> Matrix:
-    """((M + Mᵀ)/2)⁻¹, exactly symmetric."""
-    L = factor(M)
+def inverse(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
+    """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric."""
+    L = factor(M, shift)
     if L is None:
         return np.full_like(M, NAN)
     if is_intel() or len(L) <= BLOCK:
@@ -72,7 +74,7 @@ def inverse(M: Matrix) -> Matrix:
     else:
         invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
         X = of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0]
-    definite = noise(eps(M), len(M)) * (M.diagonal() * X.diagonal()).max() < 1
+    definite = noise(eps(M), len(M)) * ((M.diagonal() + shift) * X.diagonal()).max() < 1
     return mirrored(X) if definite else np.full_like(M, NAN)
 
 
