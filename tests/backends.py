@@ -92,13 +92,19 @@ EAGER = [
     TORCH,
     TORCH_FLOAT32,
 ]
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-no_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="no CuPy")
-DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]
+# What this machine has: a case that could only be skipped is not collected.
+CUDA, CUPY = torch.cuda.is_available(), importlib.util.find_spec("cupy") is not None
+DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
 GPU = [
-    pytest.param(Backend("cuda", lambda x: torch.asarray(x).cuda(), _torch_read), marks=no_cuda),
-    pytest.param(Backend("cuda-float32", lambda x: torch.asarray(x).cuda(), _torch_read, "float32"), marks=no_cuda),
-    pytest.param(Backend("cupy", lambda x: _cupy().asarray(x), lambda x: _cupy().asnumpy(x)), marks=no_cupy),
+    *(
+        [
+            Backend("cuda", lambda x: torch.asarray(x).cuda(), _torch_read),
+            Backend("cuda-float32", lambda x: torch.asarray(x).cuda(), _torch_read, "float32"),
+        ]
+        if CUDA
+        else []
+    ),
+    *([Backend("cupy", lambda x: _cupy().asarray(x), lambda x: _cupy().asnumpy(x))] if CUPY else []),
 ]
 # JAX compiles anew for every shape, and outside of jit for every operation: float32 is tested outside of it and float64
 # inside, and random shapes are for the others.

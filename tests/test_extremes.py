@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from backends import EAGER, Backend, eager_backends
+from backends import NUMPY, STRICT, TORCH_FLOAT32, Backend
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
@@ -117,10 +117,13 @@ def tuples(X):
     return X if isinstance(X, tuple) else (X,)
 
 
+# In float64, in float32, and in the strict namespace; the routines themselves are tested on all.
+THREE = [NUMPY, TORCH_FLOAT32, STRICT[0]]
+three_backends = pytest.mark.parametrize("b", THREE, ids=str)
 BATCHES = [(), (0,), (3,)]
 SIZES = [(1, 1), (1, 3), (3, 1), (0, 2), (2, 0), (0, 0)]
 every_size = pytest.mark.parametrize(
-    ("b", "batches", "size"), [(b, BATCHES, size) for b in EAGER for size in SIZES], ids=str
+    ("b", "batches", "size"), [(b, BATCHES, size) for b in THREE for size in SIZES], ids=str
 )
 
 
@@ -174,7 +177,7 @@ def test_every_function_at_every_size(b, batches, size, name):
         np.testing.assert_allclose(computed, expected, rtol=100 * b.eps, atol=100 * b.eps)
 
 
-@eager_backends
+@three_backends
 @pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)], ids=str)
 @pytest.mark.parametrize("name", OPERATORS | INVERSES)
 def test_entries_near_the_ends_of_the_range(b, signs, name):
@@ -206,7 +209,7 @@ def test_plain_products_overflow_as_ieee_does():
         assert np.isnan(Kronecker(1e200 * np.eye(2), 1e200 * np.eye(1)).shifted_inverse(1.0) @ np.ones((1, 2))).all()
 
 
-@eager_backends
+@three_backends
 def test_zero_is_solved_by_zero(b):
     P = KroneckerPair(*(b.array(np.eye(2)),) * 2, b.array(0.5 * np.eye(2)), b.array(np.eye(2)))
     V = np.stack([np.zeros((2, 2)), np.ones((2, 2))])
@@ -214,7 +217,7 @@ def test_zero_is_solved_by_zero(b):
         np.testing.assert_allclose(b.numpy(P.solve(b.array(V), method=method)), V / 1.5, rtol=100 * b.eps)
 
 
-@eager_backends
+@three_backends
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_an_infinity_in_a_basis_is_nan(b, place):
     """1 / infinity = 0 would be finite."""
@@ -239,7 +242,7 @@ SOLVERS = {  # of M ⊗ N and V: the call, and the bound of its backward error
 }
 
 
-@eager_backends
+@three_backends
 @given(
     n=st.integers(1, 5), kind=st.sampled_from(testing.SPECTRA), decades=st.floats(0.6, 1), seed=st.integers(0, 2**16)
 )

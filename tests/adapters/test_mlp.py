@@ -28,7 +28,7 @@ NETWORKS = [
 PHI = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu, "identity": lambda s: s}
 LIKELIHOOD_CASES = [(NETWORKS[0], likelihood) for likelihood in LIKELIHOODS]
 CASES = [*LIKELIHOOD_CASES, *((names, "bernoulli") for names in NETWORKS[1:])]
-GPU_CASES = [pytest.param(*b.values, *case, marks=b.marks) for b in GPU for case in CASES]
+GPU_CASES = [pytest.param(b, *case) for b in GPU for case in CASES]
 every_case = pytest.mark.parametrize(
     ("b", "activations", "likelihood"),
     [(b, *case) for b in EAGER for case in CASES] + [(JAX[0], *case) for case in LIKELIHOOD_CASES] + GPU_CASES,
