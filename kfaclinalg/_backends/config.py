@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,9 +29,7 @@ def show_config() -> None:
 
 
 def _lines() -> Iterator[str]:
-    import kfaclinalg
-
-    yield f"kfaclinalg {version(kfaclinalg.__name__)}, Python {platform.python_version()}, {platform.machine()}"
+    yield f"kfaclinalg {_version()}, Python {platform.python_version()}, {platform.machine()}"
     for name, blas in _BLAS.items():
         if find_spec(name) is None:
             yield f"{name}: not found"
@@ -39,6 +37,13 @@ def _lines() -> Iterator[str]:
         module = import_module(name)
         yield f"{name} {module.__version__}: {blas(module)}"
     yield f"single matrices of torch's CPU: {_who()}"
+
+
+def _version() -> str:
+    try:
+        return version("kfaclinalg")
+    except PackageNotFoundError:
+        return "from source"
 
 
 def _who() -> str:

@@ -114,6 +114,8 @@ def _origin(name: str, x: Any) -> tuple[Namespace, str, Device]:
         import jax
 
         return xp, kind, None if isinstance(x, jax.core.Tracer) or not x.committed else x.device
+    if kind == "numpy":
+        return xp, kind, "cpu"  # its scalars have no device before 2.1
     return xp, kind, x.device if known else device(x)
 
 
