@@ -41,6 +41,14 @@ def between(B: SideLike, X: Array, A: SideLike) -> Array:
     return _backends.product(B, X, A.mT)
 
 
+@_backends.at_home
+def between_inverses(B: SideLike, X: Array, A: SideLike) -> Array:
+    """B⁻¹ X A⁻¹."""
+    for M in (B, A):
+        X = (side(M).solve(X) if isinstance(M, KINDS) else _backends.solve(M, X)).mT
+    return X
+
+
 def resolve_sides(**sides: SideLike) -> _backends.Backend:
     """The backend that all the sides share; what is dense must be square, and the batches must broadcast."""
     dense = {name: M for name, M in sides.items() if not isinstance(M, KINDS)}

@@ -9,8 +9,10 @@ keeps it, and π is chosen to make the norm of what is too much, the bracket, sm
 
 from __future__ import annotations
 
+import math
+
 from . import _backends, _checks
-from ._sides import resolve_sides, side
+from ._sides import SideLike, batch_of, resolve_sides, side
 from ._typing import Array, Scalar, Side
 from .factors import LayerFactors
 
@@ -31,8 +33,8 @@ def tikhonov_pi(layer: LayerFactors, /, *, norm: str = "trace") -> Array:
     >>> float(tikhonov_pi(LayerFactors(4 * np.eye(3), np.eye(2))))
     2.0
     """
-    _, A, G = _sides(layer, norm)
-    return _pi(norm, A, G)
+    _check(layer, norm)
+    return _pi(layer.A, layer.G, norm=norm)
 
 
 def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "trace") -> LayerFactors:
@@ -53,25 +55,31 @@ def factored_tikhonov(layer: LayerFactors, gamma: Scalar, /, *, norm: str = "tra
 
 def _shifts(layer: LayerFactors, gamma: Scalar, norm: str) -> tuple[Array, Array]:
     """π γ and γ/π."""
-    b, A, G = _sides(layer, norm)
-    gamma = _backends.scalar(b, "gamma", gamma, A=A.batch_shape, G=G.batch_shape)
-    pi = _pi(norm, A, G)
+    b = _check(layer, norm)
+    gamma = _backends.scalar(b, "gamma", gamma, A=batch_of(layer.A), G=batch_of(layer.G))
+    return _split(layer.A, layer.G, gamma, norm=norm)
+
+
+def _check(layer: LayerFactors, norm: str) -> _backends.Backend:
+    _checks.check_choice("norm", norm, NORMS)
+    _checks.check_class("layer", layer, LayerFactors)
+    return resolve_sides(A=layer.A, G=layer.G)
+
+
+@_backends.at_home
+def _split(A: SideLike, G: SideLike, gamma: Scalar, *, norm: str) -> tuple[Array, Array]:
+    pi = _pi(A, G, norm=norm)
     return pi * gamma, gamma / pi
 
 
-def _sides(layer: LayerFactors, norm: str) -> tuple[_backends.Backend, Side, Side]:
-    _checks.check_choice("norm", norm, NORMS)
-    _checks.check_class("layer", layer, LayerFactors)
-    return resolve_sides(A=layer.A, G=layer.G), side(layer.A), side(layer.G)
-
-
-def _pi(norm: str, A: Side, G: Side) -> Array:
+@_backends.at_home
+def _pi(A: SideLike, G: SideLike, *, norm: str) -> Array:
     """√a/√g, not √(a/g): the quotient of two extreme sizes may leave the range."""
-    a, g = _size(A, norm), _size(G, norm)
+    a, g = _size(side(A), norm), _size(side(G), norm)
     xp = _backends.namespace_of(a)
-    a, g = (xp.where(xp.isfinite(size), size, _backends.NAN) for size in (a, g))
-    zero = (a == 0) | (g == 0)
-    return xp.sqrt(xp.where(zero, 1.0, a)) / xp.sqrt(xp.where(zero, 1.0, g))
+    zero = xp.minimum(a, g) == 0
+    pi = xp.sqrt(xp.where(zero, 1.0, a)) / xp.sqrt(xp.where(zero, 1.0, g))
+    return xp.where((pi > 0) & (pi < math.inf), pi, _backends.NAN)
 
 
 def _size(M: Side, norm: str) -> Array:

@@ -38,7 +38,7 @@ def test_damped_factors(b, norm):
 
 
 def test_an_inverted_pi_is_caught(monkeypatch):
-    monkeypatch.setattr(damping, "_pi", lambda *args, pi=damping._pi: 1 / pi(*args))
+    monkeypatch.setattr(damping, "_pi", lambda *args, pi=damping._pi, **options: 1 / pi(*args, **options))
     with pytest.raises(AssertionError):
         test_pi_balances_the_norms_of_the_residual(NUMPY, "trace")
 

@@ -27,7 +27,7 @@ from .door import (
     widest,
 )
 from .finiteness import LinAlgError, all_finite, assert_finite
-from .home import in_full_precision, may_read
+from .home import at_home, in_full_precision, may_read
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
     back_substitution,
@@ -59,6 +59,7 @@ __all__ = [
     "LinAlgError",
     "all_finite",
     "assert_finite",
+    "at_home",
     "back_substitution",
     "backend_of",
     "cholesky",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -65,15 +66,29 @@ def routine(
             if single is not None:
                 if kind == "numpy" and _are_single(args):
                     return single(*args)
-                if kind == "torch" and (views := _views(args, rule)) is not None:
-                    with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-                        return _returned(single(*views))
+                if kind == "torch" and (views := _views(args, rule, (0, 2))) is not None:
+                    return _viewed(single, views)
             return (in_torch if kind == "torch" else own.get(kind, standard))(*args)
 
         run.bodies = {*own, *(("single",) if single else ())}  # type: ignore[attr-defined]
         return run
 
     return chosen
+
+
+def at_home(f: F) -> F:
+    """f of arrays and numbers, on NumPy's views of torch's matrices where the rule says SciPy.
+
+    A formula of several steps changes libraries once; what is no argument by position is no array.
+    """
+
+    @wraps(f)
+    def run(*args: Any, **options: Any) -> Any:
+        if _are_tensors(args) and (views := _views(args, goes_to_scipy, (0, 1, 2))) is not None:
+            return _viewed(f, views, options)
+        return f(*args, **options)
+
+    return cast(F, run)
 
 
 def in_full_precision(f: F) -> F:
@@ -113,18 +128,21 @@ def _watchers() -> tuple[Any, ...]:
 def may_read(x: Any) -> bool:
     """Whether values of x may decide what comes next: no device is waited for, and they are all that is asked for."""
     kind = kind_of(x)
-    return kind == "numpy" or (kind == "torch" and _views([x], lambda: True) is not None)
+    return kind == "numpy" or (kind == "torch" and _views([x], lambda: True, (0, 1, 2)) is not None)
 
 
-def _returned(result: Any) -> Any:
+def _viewed(f: Body, views: Sequence[Any], options: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """f of NumPy's views, in torch again."""
     import torch
 
+    with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
+        result = f(*views, **options)
     if type(result) is tuple:
-        return tuple(torch.from_numpy(x) for x in result)
+        return tuple(torch.from_numpy(np.asarray(x)) for x in result)
     return torch.from_numpy(np.asarray(result))
 
 
-def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
+def _views(args: Sequence[Any], rule: Callable[[], bool], ndims: tuple[int, ...]) -> list[Any] | None:
     """NumPy's views of torch's tensors, None where `rule` says no or anything but values is asked for."""
     import torch
 
@@ -144,7 +162,7 @@ def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
         elif (
             type(x) is not torch.Tensor
             or not x.is_cpu
-            or x.ndim not in (0, 2)
+            or x.ndim not in ndims
             or x.numel() == 0
             or (recording and x.requires_grad)
             or forward_ad.unpack_dual(x).tangent is not None
@@ -156,6 +174,12 @@ def _views(args: Sequence[Any], rule: Callable[[], bool]) -> list[Any] | None:
             except (RuntimeError, TypeError):  # no storage inside a transformation, sparse, minus the values it holds
                 return None
     return views
+
+
+def _are_tensors(args: Sequence[Any]) -> bool:
+    """Whether all are torch's, or numbers beside them."""
+    torch = sys.modules.get("torch")
+    return torch is not None and {type(x) for x in args} - {float} == {torch.Tensor}
 
 
 def _are_single(args: Sequence[Any]) -> bool:

@@ -46,12 +46,16 @@ def cholesky(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
 
 def factor(M: Matrix, shift: Matrix | float = 0.0) -> Matrix | None:
     """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, with anything above it; None where there is none."""
+    L, d = _factor(M, shift)
+    return L if L is not None and (L.diagonal() ** 2 > noise(eps(M), len(M)) * d).all() else None
+
+
+def _factor(M: Matrix, shift: Matrix | float) -> tuple[Matrix | None, Matrix]:
+    """L, finite, whose pivots may be noise, and the diagonal of M + shift I."""
     X, d = lower_half(M), M.diagonal() + shift
-    np.einsum("ii->i", X)[:] = d  # a view, whatever the layout
+    X.ravel("K")[:: len(X) + 1] = d  # a view: X is contiguous
     L, info = of_dtype(lapack, M, "potrf")(X, lower=1, clean=0, overwrite_a=1)
-    if info or not math.isfinite(L.trace()):
-        return None
-    return L if (L.diagonal() ** 2 > noise(eps(M), len(M)) * d).all() else None
+    return (None if info or not math.isfinite(L.trace()) else L), d
 
 
 def forward_substitution(L: Matrix, X: Matrix) -> Matrix:
@@ -65,8 +69,11 @@ def back_substitution(L: Matrix, X: Matrix) -> Matrix:
 
 
 def inverse(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
-    """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric."""
-    L = factor(M, shift)
+    """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric.
+
+    (M⁻¹)_jj is the squared length of a column of L⁻¹, at least 1 / L_jj²: what it shows to be definite has its pivots.
+    """
+    L, d = _factor(M, shift)
     if L is None:
         return np.full_like(M, NAN)
     if is_intel() or len(L) <= BLOCK:
@@ -74,7 +81,7 @@ def inverse(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
     else:
         invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
         X = of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0]
-    definite = noise(eps(M), len(M)) * ((M.diagonal() + shift) * X.diagonal()).max() < 1
+    definite = noise(eps(M), len(M)) * (d * X.diagonal()).max() < 1
     return mirrored(X) if definite else np.full_like(M, NAN)
 
 
