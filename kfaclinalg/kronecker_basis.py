@@ -42,11 +42,9 @@ class KroneckerBasis:
 
     def apply(self, V: Array, /) -> Array:
         """K_B [(K_Bᵀ V K_A) ∘ weights] K_Aᵀ (..., m, n) (Appendix B). 4 m n (m + n) flops."""
-        b = self._backend()
-        X = _backends.operand(b, "V", V, self.shape)
+        X = _backends.operand(self._backend(), "V", V, self.shape)
         _checks.check_batches(**self._batches(), V=V.shape[:-2])
-        X = _backends.product(self.K_B.mT, X, self.K_A) * self.weights
-        return _backends.narrowed(_backends.product(self.K_B, X, self.K_A.mT), V.dtype)
+        return _backends.narrowed(_applied(self.K_A, self.K_B, self.weights, X), V.dtype)
 
     __matmul__ = apply
 
@@ -96,3 +94,8 @@ class KroneckerBasis:
 
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(K_A=self.K_A, K_B=self.K_B)
+
+
+@_backends.at_home
+def _applied(K_A: Array, K_B: Array, weights: Array, X: Array) -> Array:
+    return _backends.product(K_B, _backends.product(K_B.mT, X, K_A) * weights, K_A.mT)

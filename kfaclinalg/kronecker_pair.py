@@ -65,14 +65,7 @@ class KroneckerPair:
         conditioned. `solve` is refined.
         """
         _checks.check_choice("method", method, ("eigh",))
-        # With A = L Lᵀ and the eigendecomposition L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C
-        # diagonal: K_Aᵀ A K_A = I and K_Aᵀ C K_A = diag(s_A). The same for B, D. Hence, with K = K_A ⊗ K_B,
-        #     Kᵀ (A ⊗ B + C ⊗ D) K = I ⊗ I + diag(s_A) ⊗ diag(s_B),
-        # and the inverse is K (I ⊗ I + diag(s_A) ⊗ diag(s_B))⁻¹ Kᵀ. The paper takes symmetric square roots for L; any L
-        # with A = L Lᵀ does, and Cholesky factors lose far fewer digits in float32.
-        (K_A, s_A), (K_B, s_B) = _backends.pencil(self.A, self.C), _backends.pencil(self.B, self.D)
-        eigenvalues = 1 + s_B[..., :, None] * s_A[..., None, :]
-        return rebuilt(KroneckerBasis, (K_A, K_B, _backends.reciprocal(eigenvalues)))
+        return rebuilt(KroneckerBasis, _inverse(self.A, self.B, self.C, self.D))
 
     def solve(self, V: Array, method: str = "eigh") -> Array:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
@@ -84,7 +77,7 @@ class KroneckerPair:
         _checks.check_choice("method", method, ("eigh", "smith"))
         X = self._operand(V)
         P = rebuilt(KroneckerPair, map(_backends.symmetrised, (self.A, self.B, self.C, self.D)))  # for the residual
-        return _backends.narrowed(P._smith(X) if method == "smith" else P._refined(X), V.dtype)
+        return _backends.narrowed((P._smith if method == "smith" else P._refined)(X), V.dtype)
 
     def logdet(self) -> Array:
         """log det (A ⊗ B + C ⊗ D) = m log det A + n log det B + Σ log(1 + s_A s_B) (...). About 3 (n³ + m³) flops."""
@@ -139,8 +132,7 @@ class KroneckerPair:
 
         They grow and shrink together: only their product matters, so that each step gives them equal sizes.
         """
-        b = self._backend()
-        xp = b.xp
+        xp = (b := self._backend()).xp
         P, Q = spd.solve(self.B, self.D), spd.solve(self.A, self.C.mT).mT
         powers = []
         for _ in range(min(SQUARINGS, round(-math.log2(16 * b.eps)))):
@@ -191,3 +183,18 @@ class KroneckerPair:
 
     def _backend(self) -> _backends.Backend:
         return _backends.resolve(A=self.A, B=self.B, C=self.C, D=self.D)
+
+
+@_backends.at_home
+def _inverse(A: Array, B: Array, C: Array, D: Array) -> tuple[Array, Array, Array]:
+    """K_A, K_B and weights with (A ⊗ B + C ⊗ D)⁻¹ = (K_A ⊗ K_B) diag(vec(weights)) (K_A ⊗ K_B)ᵀ.
+
+    With A = L Lᵀ and L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C diagonal: K_Aᵀ A K_A = I and
+    K_Aᵀ C K_A = diag(s_A). The same for B, D. Hence, with K = K_A ⊗ K_B,
+
+        Kᵀ (A ⊗ B + C ⊗ D) K = I ⊗ I + diag(s_A) ⊗ diag(s_B).
+
+    The paper takes symmetric square roots for L; Cholesky factors lose far fewer digits in float32.
+    """
+    (K_A, s_A), (K_B, s_B) = _backends.pencil(A, C), _backends.pencil(B, D)
+    return K_A, K_B, _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])

@@ -137,6 +137,8 @@ def _viewed(f: Body, views: Sequence[Any], options: Mapping[str, Any] = MappingP
 
     with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
         result = f(*views, **options)
+    if result is None:
+        return None
     if type(result) is tuple:
         return tuple(torch.from_numpy(np.asarray(x)) for x in result)
     return torch.from_numpy(np.asarray(result))
