@@ -20,13 +20,15 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures $(FIGURES) test lint docs bench performance plots clean
+.PHONY: help demo figures $(FIGURES) test oldest newest lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     K-FAC on a deep MNIST autoencoder         (ARGS=--quick for the short form)"
 	@echo "make figures  the paper's figures, in build/figures     (ARGS=--quick for the short form)"
 	@echo "make test     lint, then the tests                      (ARGS='-k name' goes to pytest)"
+	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
+	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the site, in build/docs"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
@@ -44,6 +46,32 @@ $(FIGURES): $(VENV)/.figures
 
 test: lint
 	$(PYTHON) -m pytest -n auto $(ARGS)
+
+# The algebra alone, and no compilation: the rest is the same wherever this passes. For Python 3.13 the only wheels of
+# torch are those with CUDA.
+TORCH ?= 2.13.0
+ALGEBRA := $(addprefix tests/test_,algorithm.py blocks.py cholesky_inverse.py curvature.py damping.py factors.py)
+ALGEBRA += $(addprefix tests/test_,kronecker.py kronecker_basis.py kronecker_pair.py low_rank.py quadratic.py spd.py)
+ALGEBRA += tests/paper -k 'not jit and not strict'
+PACKAGES := array-api-strict hypothesis mpmath pytest pytest-xdist torch==$(TORCH)
+
+oldest: $(VENV)-oldest/.made
+	$(VENV)-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[jax]' $(PACKAGES)
+	$(VENV)-oldest/bin/python -m pytest -n auto -q $(ALGEBRA) $(ARGS)
+
+newest: $(VENV)-newest/.made
+	@if [ -x $(VENV)-newest/bin/python ]; then set -ex; \
+	    $(VENV)-newest/bin/python -m pip install --quiet -c constraints.txt -e '.[jax]' pytest; \
+	    $(VENV)-newest/bin/python -m pytest -q --doctest-modules kfaclinalg adapters/kfaclinalg_mlp $(ARGS); \
+	else echo "no python3.13 on the PATH"; fi
+
+$(VENV)-oldest/.made: | $(VENV)/.made
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	@touch $@
+
+$(VENV)-newest/.made:
+	@mkdir -p $(VENV)-newest
+	if python3.13 --version 2> /dev/null; then python3.13 -m venv --clear $(VENV)-newest; touch $@; fi
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check
@@ -74,7 +102,7 @@ plots: $(VENV)/.bench
 	$(PYTHON) asv_benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) build dist asv_benchmarks/env asv_benchmarks/html
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist asv_benchmarks/env asv_benchmarks/html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
