@@ -37,7 +37,7 @@ class Bernoulli:
         return _mean_over_examples(losses)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.bernoulli(torch.sigmoid(outputs), generator=generator)
+        return torch.bernoulli(_proper(torch.sigmoid(outputs)), generator=generator)
 
     def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         p = torch.sigmoid(outputs)
@@ -66,7 +66,7 @@ class Categorical:
         return _mean_over_examples(losses)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        p = torch.softmax(outputs, dim=-1)
+        p = _proper(torch.softmax(outputs, dim=-1))
         return torch.multinomial(p.flatten(0, -2), 1, generator=generator).reshape(p.shape[:-1])
 
     def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
@@ -129,6 +129,12 @@ def _mean_over_examples(losses: Tensor) -> Tensor:
 
 def _one_hot(outputs: Tensor, unit: int) -> Tensor:
     return torch.zeros_like(outputs).index_fill_(-1, torch.tensor(unit, device=outputs.device), 1.0)
+
+
+def _proper(p: Tensor) -> Tensor:
+    """Probabilities, 1 where they are NaN: to draw from NaN is an error, on a GPU one that ends the process. What
+    comes of such outputs is NaN all the same."""
+    return torch.where(p.isnan(), 1.0, p)
 
 
 def _check_shape(name: str, outputs: Tensor, targets: Tensor) -> None:

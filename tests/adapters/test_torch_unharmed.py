@@ -192,3 +192,20 @@ def test_an_interrupt_leaves_all_as_it_was(where, after, monkeypatch):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     _, twin = copy.deepcopy((model, optimizer))
     assert optimizer.step(x, y) == twin.step(x, y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "gaussian"])
+def test_a_bad_batch_is_refused_whatever_is_sampled(likelihood, value):
+    """To draw from NaN raises on a CPU, and ends a process with a GPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer, x = KFAC(model, likelihood), torch.randn(64, 5)
+    y = torch.randint(2, (64,)) if likelihood == "categorical" else torch.rand(64, 2).round()
+    optimizer.step(x, y)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(x * value, y)
+    assert optimizer.info.refused
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.step(x, y)
+    assert not optimizer.info.refused
