@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
 
-from kfaclinalg import Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors, kfac_step, testing
+from kfaclinalg import Factors, KFACOptions, LayerFactors, OuterProduct, algorithm, batch_factors, kfac_step, testing
 
 
 class LinearRegression:
@@ -321,3 +321,26 @@ def test_bad_options_and_weights_are_refused_at_the_start():
     problem = LinearRegression(NUMPY)
     with pytest.raises(ValueError, match="structure is 'dense', expected one of 'block-diagonal'"):
         kfac_step(problem, problem.start, None, KFACOptions(structure="dense"))
+
+
+def test_weight_decay_moves_the_optimum_towards_zero():
+    """The minimum of h + η/2 ‖W‖² is that of ridge regression."""
+    problem, eta = LinearRegression(NUMPY), 0.5
+    (W,), _, _ = run(problem, KFACOptions(damping=eta, weight_decay=eta), 60)
+    ridge = np.linalg.solve(problem.A + eta * np.eye(4), problem.a.T @ problem.y / problem.N).T
+    np.testing.assert_allclose(W, ridge, rtol=1e-6)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_gamma_is_tried_as_it_is_smaller_and_larger(best, monkeypatch):
+    tried, inverse = [], algorithm.STRUCTURES["block-diagonal"]
+    monkeypatch.setitem(
+        algorithm.STRUCTURES,
+        "block-diagonal",
+        lambda factors, gamma, **options: tried.append(gamma) or inverse(factors, gamma, **options),
+    )
+    monkeypatch.setattr(algorithm, "min", lambda steps, key: steps[best], raising=False)
+    options = KFACOptions(damping=1.0, gamma_period=1, inverse_period=1, weight_decay=0.0)
+    _, state, _ = run(LinearRegression(NUMPY), options, 1)
+    assert tried == [1.0, options.omega2, 1 / options.omega2]
+    assert state.gamma == tried[best]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
 
-from kfaclinalg import KroneckerPair, testing
+from kfaclinalg import KroneckerPair, kronecker_pair, testing
 
 
 class Case:
@@ -178,3 +178,16 @@ def test_gradients_pass_through_smith():
         lambda A, B, C, D, V: KroneckerPair(*(0.5 * (X + X.mT) for X in (A, B, C, D))).solve(V, "smith"),
         (A, B, C, D, V),
     )
+
+
+@pytest.mark.parametrize("method", ["eigh", "smith"])
+def test_a_solve_without_refinement_is_caught(method, monkeypatch):
+    """A and B are ill conditioned: what inverts them alone has a larger error, or is NaN for its residual."""
+    case = Case(TORCH, decades=0.5, radius=0.5)
+
+    def error():
+        return case.error(case.run(lambda P, V: P.solve(V, method))) / testing.solve_bound(max(case.shape), case.b.eps)
+
+    assert error() <= 1
+    monkeypatch.setattr(kronecker_pair, "REFINEMENTS", 0)
+    assert not error() <= 1

@@ -122,6 +122,12 @@ def test_a_warm_start_pays(factor):
     assert iterations_needed(factor * (M + E), None) >= 15
 
 
+def test_a_start_from_which_it_would_not_converge_is_not_used():
+    """It is definite, but no multiple of it brings all eigenvalues of M X into (0, 2)."""
+    M, start = np.diag([1.0, 1e-3, 1e3]), np.diag([1.0, 1e-3, 1e3])
+    np.testing.assert_allclose(newton_schulz_inverse(M, start), np.linalg.inv(M), rtol=1e-6)
+
+
 @eager_and_jit
 def test_a_start_that_is_too_far_is_not_used(b):
     M = Sample(5, (6,), decades=0.2).spd(b)
