@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from . import _backends
+from ._typing import Array
 from .factors import Factors, LayerFactors
 
 NO_UPDATE, NO_LOSS_AFTER = "the update is not finite", "the loss after the step is not finite"
@@ -12,11 +13,16 @@ RISE = 1e2  # up to how many times the λ of the last step that was taken refuse
 NOISE = 16  # how many eps of what it changes a change must exceed
 
 
-def refusal(loss: float, statistics: Factors, change: float, norm: float) -> str:
-    """Why the step cannot be taken, or ""."""
+def are_finite(statistics: Factors) -> Array:
+    """Whether all that the statistics hold is finite, a 0-d array."""
+    return _backends.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair])
+
+
+def refusal(loss: float, finite: float, change: float, norm: float) -> str:
+    """Why the step cannot be taken, or "": `finite` says whether the statistics are."""
     if not math.isfinite(loss):
         return "the loss is not finite"
-    if not _backends.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair]):
+    if not finite:
         return "the statistics are not finite"
     return "" if math.isfinite(change) and math.isfinite(norm) else NO_UPDATE
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import add, mul
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from . import _backends, _checks, _guards, _network
+from ._best_step import Matrices, Model, best_step, square_of
 from .averages import averaging_decay, moving_average
 from .curvature import STRUCTURES
 from .factors import Factors
 from .kronecker import OuterProduct
 from .options import KFACOptions
-from .quadratic import fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
+from .quadratic import levenberg_marquardt, reduction_ratio
 
-Matrices = tuple[Any, ...]  # one (m, n) array a layer
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
@@ -65,18 +64,6 @@ class StepInfo(NamedTuple):
     refused: str  # why the step was not taken, or ""
 
 
-class _Step(NamedTuple):
-    """The best update for one γ."""
-
-    gamma: float
-    inverse: Any
-    update: Matrices  # δ = α Δ + μ δ0
-    alpha: float
-    mu: float
-    change: float
-    norm: float
-
-
 def kfac_step(
     problem: Problem, weights: Matrices, state: KFACState | None, options: KFACOptions, /
 ) -> tuple[Matrices, KFACState, StepInfo]:
@@ -117,15 +104,17 @@ def kfac_step(
     inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)
     candidates = {gamma: (P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses.items()}
-    step = _best_step(partial(problem.curvature_gram, weights), dense, candidates, last, state.damping + eta)
+    model = Model(partial(problem.curvature_gram, weights), dense, state.damping + eta)
+    beside = h, square_of(weights), _guards.are_finite(statistics)
+    step, (h, square, finite) = best_step(model, candidates, last, beside)
 
-    square, eps = float(inner_products([weights], [weights])[0, 0]), _backends.resolve(W=weights[0]).eps
-    loss = float(h) + 0.5 * eta * square
+    loss, eps = h + 0.5 * eta * square, _backends.resolve(W=weights[0]).eps
     moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
-    refused = _guards.refusal(loss, statistics, step.change, step.norm)
+    refused = _guards.refusal(loss, finite, step.change, step.norm)
     ratio, damping, tau2 = math.nan, state.damping, state.curvature_fraction
     if k % options.damping_period == 0 and not refused:
-        loss_after = float(problem.loss(moved)) + 0.5 * eta * float(inner_products([moved], [moved])[0, 0])
+        h_after, square_after = _backends.values(problem.loss(moved), square_of(moved))
+        loss_after = h_after + 0.5 * eta * square_after
         refused = "" if math.isfinite(loss_after) else _guards.NO_LOSS_AFTER
         ratio = reduction_ratio(loss, loss_after, step.change)
         if _guards.is_noise(step.change, step.norm, loss, math.sqrt(square), eps):
@@ -161,31 +150,6 @@ def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) 
     gammas = [gamma, omega2 * gamma, gamma / omega2] if k % options.gamma_period == 0 else [gamma]
     inverse = partial(STRUCTURES[options.structure], factors, norm=options.pi_norm)
     return {gamma: inverse(gamma) for gamma in (max(g, math.sqrt(options.weight_decay)) for g in gammas)}
-
-
-def _best_step(
-    curvature_gram: Callable[[Sequence[Matrices]], Any],
-    gradient: Matrices,
-    candidates: dict[float, tuple[Any, Matrices]],
-    last: tuple[Matrices, ...],
-    damping: float,
-) -> _Step:
-    """The step with the lowest M(δ), momentum included, of one for each γ, its inverse and Δ (Sections 6.4, 6.6, 7)."""
-    directions = [*(Delta for _, Delta in candidates.values()), *last]
-    F = _backends.widest(curvature_gram(directions))  # one call for all, so that J δ0 is computed once
-    D, slopes = inner_products(directions, directions), inner_products(directions, [gradient])[:, 0]
-    steps = []
-    for i, (gamma, (inverse, _)) in enumerate(candidates.items()):
-        pair = [i, *range(len(candidates), len(directions))]  # Δ and, if there is one, δ0
-        D_pair = _backends.picked(D, pair)
-        fit = fit_quadratic(_backends.picked(F, pair), D_pair, _backends.picked(slopes, pair), damping)
-        c = fit.coefficients
-        norm = math.sqrt(abs(float(c @ D_pair @ c)))
-        alpha, mu, *_ = coefficients = [*(float(c[j]) for j in range(len(pair))), 0.0]
-        layers = zip(*(directions[j] for j in pair), strict=True)
-        update = tuple(reduce(add, map(mul, coefficients, layer)) for layer in layers)
-        steps.append(_Step(gamma, inverse, update, alpha, mu, float(fit.change), norm))
-    return min(steps, key=lambda step: step.change if math.isfinite(step.change) else math.inf)
 
 
 def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo, statistics: Factors) -> KFACState:

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
 
-from kfaclinalg import Factors, KFACOptions, LayerFactors, OuterProduct, algorithm, batch_factors, kfac_step, testing
+from kfaclinalg import (
+    Factors,
+    KFACOptions,
+    LayerFactors,
+    OuterProduct,
+    _best_step,
+    algorithm,
+    batch_factors,
+    kfac_step,
+    testing,
+)
 
 
 class LinearRegression:
@@ -339,7 +349,7 @@ def test_gamma_is_tried_as_it_is_smaller_and_larger(best, monkeypatch):
         "block-diagonal",
         lambda factors, gamma, **options: tried.append(gamma) or inverse(factors, gamma, **options),
     )
-    monkeypatch.setattr(algorithm, "min", lambda steps, key: steps[best], raising=False)
+    monkeypatch.setattr(_best_step, "min", lambda indices, key: best, raising=False)
     options = KFACOptions(damping=1.0, gamma_period=1, inverse_period=1, weight_decay=0.0)
     _, state, _ = run(LinearRegression(NUMPY), options, 1)
     assert tried == [1.0, options.omega2, 1 / options.omega2]

@@ -26,7 +26,7 @@ from .door import (
     resolve,
     widest,
 )
-from .finiteness import LinAlgError, all_finite, assert_finite
+from .finiteness import LinAlgError, all_finite, assert_finite, values
 from .home import at_home, in_full_precision, may_read
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
@@ -100,6 +100,7 @@ __all__ = [
     "substituted",
     "symmetrised",
     "updated_moment",
+    "values",
     "weight",
     "widest",
 ]

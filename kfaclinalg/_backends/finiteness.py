@@ -1,13 +1,16 @@
-"""NaN and infinity, looked for on the host: what waits for the device, and the error that says so."""
+"""What waits for the device: numbers that the host decides by, NaN and infinity, and the error that says so."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
+from numbers import Real
+from typing import Any
 
 from .._checks import check_class
 from .._typing import Array
-from .door import resolve
+from .door import backend_of, resolve
 
 CAUSES = (
     "a matrix that is not positive definite to working precision (more damping, or float64, helps), "
@@ -21,10 +24,23 @@ class LinAlgError(ValueError, RuntimeError):
     __module__ = "kfaclinalg"
 
 
-def all_finite(arrays: Sequence[Array]) -> bool:
-    """No entry of any array, none of them empty, is NaN or infinite. It waits for the device, once."""
+def all_finite(arrays: Sequence[Array]) -> Array:
+    """Whether no entry of any array, none of them empty, is NaN or infinite: a 0-d array, which waits for nothing."""
     xp = resolve(x=arrays[0]).xp
-    return bool(xp.all(xp.isfinite(xp.stack([f(x) for x in arrays for f in (xp.min, xp.max)]))))  # a NaN is both
+    return xp.all(xp.isfinite(xp.stack([f(x) for x in arrays for f in (xp.min, xp.max)])))  # a NaN is both
+
+
+def values(*xs: Any) -> list[float]:
+    """Python's numbers of 0-d arrays of one backend, and of numbers: the device is waited for once."""
+    arrays = [i for i, x in enumerate(xs) if not isinstance(x, Real)]
+    found = [math.nan if i in arrays else float(x) for i, x in enumerate(xs)]
+    if arrays:
+        b = backend_of(xs[arrays[0]])
+        held = b.xp.stack([b.xp.astype(xs[i], b.widest) for i in arrays])
+        numbers = held.tolist() if hasattr(held, "tolist") else map(float, b.xp.unstack(held))
+        for i, x in zip(arrays, numbers, strict=True):
+            found[i] = x
+    return found
 
 
 def assert_finite(x: Array, name: str) -> None:
