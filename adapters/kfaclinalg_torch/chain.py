@@ -14,7 +14,7 @@ from kfaclinalg import BlockTridiagonalInverse, Factors, Link, block_tridiagonal
 
 from .checkpoint import check
 from .discovery import Layer
-from .inverses import LADDER, Factored, Inverses, cast, factored
+from .inverses import LADDER, Factored, Inverses, are_finite, cast, factored
 from .modules import Block, Linear
 from .statistics import Statistic, over_processes
 
@@ -51,12 +51,12 @@ class ChainInverse(Inverses):
         check(came == expected, f"its inverse is of layers with shapes {came}, expected {expected}")
 
     def _whole(self, factors: Factors, damping: float) -> Any | None:
-        for dtype, times in LADDER:
+        for dtype, times in ((None, 1), *((torch.float64, times) for times in LADDER)):
             wide = factors if dtype is None else _cast(factors, dtype)
             inverse: Any = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm)
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
-            if all(bool(torch.isfinite(U).all()) for U in inverse.apply(ones)):
+            if all(are_finite(inverse.apply(ones))):
                 return inverse
         return None
 

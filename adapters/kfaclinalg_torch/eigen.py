@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import KroneckerBasis, LayerFactors
+from kfaclinalg import KroneckerBasis
 
 from .checkpoint import check, is_matrix
 from .discovery import Layer
@@ -40,9 +40,11 @@ class EigenInverses(Inverses):
                 K = self.inverses[name]
                 squares = scale**2 * squared_gradients(statistic, block, K.K_A, K.K_B)
                 (squares,), (N,) = over_processes([squares], [statistic.examples])
-                if not N or not bool(torch.isfinite(squares.sum())):
-                    continue  # squares of squares overflow before A and G do
-                self.squares[name] = torch.lerp(squares / N, self.squares[name], decay)
+                if not N:
+                    continue
+                S = torch.lerp(squares / N, self.squares[name], decay)
+                # squares of squares overflow before A and G do
+                self.squares[name] = torch.where(torch.isfinite(squares.sum()), S, self.squares[name])
                 self.inverses[name] = KroneckerBasis(K.K_A, K.K_B, 1 / (self.squares[name] + damping))
 
     def state(self) -> dict[str, Any]:
@@ -58,8 +60,8 @@ class EigenInverses(Inverses):
         super().load(state)
         self.squares = state["squares"]
 
-    def _made(self, name: str, layer: LayerFactors, damping: float) -> Any | None:
-        K = super()._made(name, layer, damping)
+    def _finished(self, name: str, inverse: Any, damping: float) -> Any:
+        K = inverse
         if not isinstance(K, KroneckerBasis) or name not in self.blocks:
             return K
         if name in self.squares:

@@ -26,7 +26,8 @@ from .checkpoint import check, check_keys
 from .statistics import Statistic
 
 Build = Callable[[LayerFactors, float], Any]
-LADDER = ((None, 1), (torch.float64, 1), *((torch.float64, 10**k) for k in range(1, 5)))  # dtype, times the damping
+# The rungs above the factors as they are: in float64, with so many times the damping.
+LADDER = tuple(10**k for k in range(5))
 TOLERATED = 2  # failures in a row
 
 
@@ -44,7 +45,7 @@ def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
         return factored(layer, damping, norm)
     F: Any = Kronecker(*layer)
     ample = 1 + F.trace().abs().max()  # the eigenvectors are the same for every shift
-    Q = F.shifted_inverse(ample.item() if bool(torch.isfinite(ample)) else 1.0)
+    Q = F.shifted_inverse(torch.where(torch.isfinite(ample), ample, 1.0))
     a, g = (((M @ K) * K).sum(-2).clamp(min=0.0) for M, K in zip(layer, (Q.K_A, Q.K_B), strict=True))
     return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
 
@@ -86,9 +87,12 @@ class Inverses:
             LinAlgError: a layer has failed three times in a row.
         """
         turns = _slots(tuple(_cost(layer) for layer in factors.layers.values()), period)
-        for (name, layer), turn in zip(factors.layers.items(), turns, strict=True):
-            if step % period == turn or name not in self.inverses:
-                self._keep(name, self._made(name, layer, damping), layer)
+        layers = zip(factors.layers.items(), turns, strict=True)
+        due = {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}
+        made = [self.build(layer, damping) for layer in due.values()]
+        for (name, layer), first, sound in zip(due.items(), made, are_finite(map(_telling, made)), strict=True):
+            inverse = first if sound else self._climbed(layer, damping)
+            self._keep(name, None if inverse is None else self._finished(name, inverse, damping), layer)
 
     def observe(self, statistic: Statistic, scale: float, decay: float, damping: float) -> None:
         """Take from a statistic what needs the refreshed inverses; `scale` is that of its gradients."""
@@ -122,13 +126,17 @@ class Inverses:
     def load(self, state: dict[str, Any]) -> None:
         self.inverses, self.failures = state["inverses"], state["failures"]
 
-    def _made(self, name: str, layer: LayerFactors, damping: float) -> Any | None:
-        for dtype, times in LADDER:
-            inverse = self.build(layer if dtype is None else cast(layer, dtype), times * damping)
-            inverse = inverse if dtype is None else inverse.astype(_dtype(layer))
-            if _is_finite(inverse):
+    def _climbed(self, layer: LayerFactors, damping: float) -> Any | None:
+        """The first inverse above the lowest rung that is finite."""
+        for times in LADDER:
+            inverse = self.build(cast(layer, torch.float64), times * damping).astype(_dtype(layer))
+            if are_finite([_telling(inverse)])[0]:
                 return inverse
         return None
+
+    def _finished(self, name: str, inverse: Any, damping: float) -> Any:
+        """What is kept of a layer's new inverse."""
+        return inverse
 
     def _keep(self, name: str, inverse: Any | None, *layers: LayerFactors) -> None:
         if inverse is not None:
@@ -138,7 +146,7 @@ class Inverses:
         if self.failures[name] > TOLERATED:
             raise LinAlgError(
                 f"the factors of {name!r} could not be inverted in {self.failures[name]} refreshes in a row, nor in "
-                f"float64 with {LADDER[-1][1]} times the damping: {'; '.join(map(_diagnosis, layers))}. "
+                f"float64 with {LADDER[-1]} times the damping: {'; '.join(map(_diagnosis, layers))}. "
                 "Likely causes: no damping at all, or inputs or gradients that grow without bound."
             )
 
@@ -147,14 +155,18 @@ def cast(layer: LayerFactors, dtype: torch.dtype) -> LayerFactors:
     return LayerFactors(*(M.astype(dtype) if isinstance(M, Diagonal) else M.to(dtype) for M in layer))
 
 
-def _is_finite(inverse: Any) -> bool:
-    """Where a factorisation failed the whole member is NaN, so that a few numbers of it tell."""
+def are_finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Whether all of each is finite: a GPU is waited for once."""
+    found = [torch.isfinite(x).all() for x in tensors]
+    return torch.stack(found).tolist() if found else []
+
+
+def _telling(inverse: Any) -> Tensor:
+    """A few numbers of an inverse: where a factorisation failed all of a member is NaN."""
     if isinstance(inverse, KroneckerBasis):
-        numbers: Any = inverse.weights
-    else:
-        substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
-        numbers = inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
-    return bool(torch.isfinite(numbers).all())
+        return inverse.weights  # type: ignore[return-value]
+    substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
+    return inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
 
 
 def _structured(layer: LayerFactors) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from training import (
     ESTIMATORS,
+    Waits,
     assert_near,
     assert_same,
     backward,
@@ -204,3 +205,16 @@ def test_one_step_on_a_gaussian_model_is_the_natural_gradient():
     one_step(model, preconditioner, x, target, loss=lambda z, t: 0.5 * (z - t).square().sum() / len(z))
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     torch.testing.assert_close(model(x), target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["block-diagonal", "eigen", "block-tridiagonal"])
+def test_a_step_waits_for_the_device_once_for_its_statistic_and_once_for_its_refresh(structure):
+    model = network(4, 5, 3)
+    preconditioner = preconditioned(model, "sampled", structure=structure, statistics_period=2, inverse_period=4)
+    counts = []
+    for seed in range(8):
+        with Waits() as waits:
+            one_step(model, preconditioner, *batch(seed=seed))
+        counts.append(waits.count)
+    assert max(counts[::2]) == 2
+    assert max(counts[1::2]) <= 1

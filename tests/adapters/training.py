@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kfaclinalg import Diagonal
@@ -139,3 +140,22 @@ def assert_untouched(model, before):
         for key, value in values.items():
             same = after[name][key]
             assert same is value or same == value, (name, key)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that become Python's: each waits for a GPU. In its sight nothing is computed on the host."""
+
+    count = 0
+
+    def __enter__(self):
+        self.tolist = torch.Tensor.tolist
+        torch.Tensor.tolist = lambda tensor: (setattr(self, "count", self.count + 1), self.tolist(tensor))[1]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self.tolist
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
