@@ -10,7 +10,7 @@ from operator import add, mul
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _backends
-from ._typing import Array
+from ._backends import Array
 from .quadratic import fit_quadratic, inner_products
 
 Matrices: TypeAlias = tuple[Any, ...]  # one (m, n) array a layer

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import _backends
-from ._backends import product
-from ._typing import Array
+from ._backends import Array, product
 
 REFINEMENTS = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from . import _backends
-from ._typing import Array
+from ._backends import Array
 from .factors import Factors, LayerFactors
 
 NO_UPDATE, NO_LOSS_AFTER = "the update is not finite", "the loss after the step is not finite"

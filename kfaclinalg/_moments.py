@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from . import _backends, _checks
-from ._typing import Array
+from ._backends import Array
 
 
 @_backends.in_full_precision

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _backends, _checks
-from ._typing import Array
+from ._backends import Array
 from .factors import Factors, LayerFactors, Link
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import _backends
-from ._typing import Array, ArrayT
+from ._backends import Array, ArrayT
 
 
 @_backends.in_full_precision

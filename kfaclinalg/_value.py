@@ -1,15 +1,17 @@
-"""What makes an operator a value that travels: between processes, and through the transformations of JAX and torch."""
+"""What makes an operator a value that travels: between processes and dtypes, devices and namespaces, through the
+transformations of JAX and torch, and to SciPy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar, dataclass_transform
+from functools import partial
+from typing import Any, Self, TypeAlias, TypeVar, dataclass_transform
 
-from ._backends import pytrees
-from ._backends.transfer import dtype_name
+from ._backends import Array, Device, DType, Namespace, pytrees, transfer
 
 T = TypeVar("T")
+LinearOperator: TypeAlias = Any  # scipy.sparse.linalg's
 _first_field: dict[type, str] = {}
 
 
@@ -45,6 +47,38 @@ def value(cls: type[T], /) -> type[T]:
     return made
 
 
+class Value:
+    """The base of the operators: what can be converted to another dtype, device or namespace."""
+
+    __slots__ = ()
+
+    def astype(self, dtype: DType, /) -> Self:
+        """The same operator with every array in `dtype`: float32 or float64 of its namespace.
+
+        Raises:
+            TypeError: any other dtype; float64 in JAX without x64.
+        """
+        return _mapped(partial(transfer.with_dtype, dtype=dtype), self)
+
+    def to_device(self, device: Device, /) -> Self:
+        """The same operator with every array on `device`, as its namespace calls it: "cuda:1" in torch."""
+        return _mapped(partial(transfer.on_device, device=device), self)
+
+    def to_namespace(self, xp: Namespace, /, *, device: Device | None = None) -> Self:
+        """The same operator in arrays of `xp` (numpy, torch, jax.numpy, cupy, ...), on their device or on `device`.
+
+        The arrays are copied, by DLPack where both sides can: what is later written to one side does not show on the
+        other.
+
+        Raises:
+            TypeError: `xp` is no array namespace, or does not keep the dtype (JAX does not keep float64 without x64).
+            ValueError: `xp` has no arrays where these are, and `device` does not say where they should go.
+        """
+        if not hasattr(xp, "from_dlpack"):
+            raise TypeError(f"xp is {xp!r}, expected an array namespace such as numpy, torch or jax.numpy")
+        return _mapped(partial(transfer.in_namespace, xp=xp, device=device), self)
+
+
 def leaves(x: Any) -> Iterator[Any]:
     """What a value holds, through all that it is made of."""
     parts = parts_of(x)
@@ -73,7 +107,9 @@ def _has_placeholders(x: Any) -> bool:
 def _description(self: object) -> str:
     """`Kronecker(A: (3, 3), B: (4, 4), float64, cpu)`; what is not an array is shown by its type."""
     arrays = [x for x in leaves(self) if isinstance(getattr(x, "shape", None), tuple)]
-    common = [dtype_name(x.dtype) for x in arrays] + [str(x.device) for x in arrays if getattr(x, "device", None)]
+    common = [transfer.dtype_name(x.dtype) for x in arrays] + [
+        str(x.device) for x in arrays if getattr(x, "device", None)
+    ]
     return ", ".join([_outline(self)[:-1], *dict.fromkeys(common)]) + ")"
 
 
@@ -100,3 +136,37 @@ def rebuilt(cls: type[T], values: Iterable[Any]) -> T:
     self = object.__new__(cls)
     _restore(self, values)
     return self
+
+
+def as_scipy_on_matrices(self: Any) -> LinearOperator:
+    """A scipy.sparse.linalg.LinearOperator on vec(V), the columns of V stacked, for cg, minres, eigsh and the like.
+
+    Raises:
+        TypeError, ValueError: the arrays are not NumPy's, or it is a batch of operators.
+    """
+    return linear_operator(self, [self.shape], lambda Vs: (self @ Vs[0],))
+
+
+def as_scipy_on_vectors(self: Any) -> LinearOperator:
+    """A scipy.sparse.linalg.LinearOperator on vectors (n,), for an operator of shape (n, n) that acts on (..., n, k).
+
+    Raises:
+        TypeError, ValueError: the arrays are not NumPy's, or it is a batch of operators.
+    """
+    return linear_operator(self, [(self.shape[0], 1)], lambda Xs: (self @ Xs[0],))
+
+
+def linear_operator(
+    operator: object, shapes: Sequence[tuple[int, int]], apply: Callable[[tuple[Array, ...]], Iterable[Array]]
+) -> LinearOperator:
+    """`apply`, which takes a tuple of matrices (..., *shape), as an operator of SciPy on their stacked vecs."""
+    return transfer.linear_operator(operator, list(leaves(operator)), shapes, apply)
+
+
+def _mapped(f: Callable[[Any], Any], x: Any) -> Any:
+    """`x` with f(array) in the place of every array, through the checks of each class."""
+    parts = parts_of(x)
+    if parts is None:
+        return f(x) if transfer.is_array(x) else x
+    items = [_mapped(f, y) for y in parts.values()]
+    return tuple(items) if type(x) is tuple else type(x)(*items)

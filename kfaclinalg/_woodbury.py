@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import _backends
-from ._typing import Array
+from ._backends import Array
 
 
 class Factorisation(NamedTuple):

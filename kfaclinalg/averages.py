@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 
 from . import _backends, _checks, _moments
-from ._typing import Array, ArrayT, Scalar, Scalars
+from ._backends import Array, ArrayT, Scalar, Scalars
 from .factors import Factors, LayerFactors, Link, batch_factors
 
 

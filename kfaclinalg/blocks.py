@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import add
+from typing import Any, Protocol
 
-from . import _backends, _checks, _conversions
-from ._backends import product
-from ._typing import Array, Operator
-from ._value import leaves, value
+from . import _backends, _checks
+from ._backends import Array, product
+from ._value import LinearOperator, Value, leaves, linear_operator, value
+
+
+class Operator(Protocol):
+    """What acts on the matrix (..., m, n) of one layer."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def __matmul__(self, V: Any, /) -> Array: ...
+    def inverse(self) -> Any: ...
+    def solve(self, V: Array) -> Array: ...
+    def logdet(self) -> Array: ...
+    def trace(self) -> Array: ...
+    def diagonal(self) -> Array: ...
+    def to_dense(self) -> Array: ...
 
 
 @value
-class BlockDiagonal:
+class BlockDiagonal(Value):
     """diag(blocks): one operator a layer, each on its own V_i (Section 4.2).
 
     Raises:
@@ -27,7 +41,6 @@ class BlockDiagonal:
     """
 
     blocks: tuple[Operator, ...]
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         _checks.check_class("blocks", self.blocks, tuple)
@@ -63,13 +76,13 @@ class BlockDiagonal:
         """The matrix that acts on the stacked vec(V_i), zero outside the diagonal blocks."""
         return _assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
 
-    def as_scipy(self) -> _conversions.LinearOperator:
+    def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
-        return _conversions.linear_operator(self, [block.shape for block in self.blocks], self.apply)
+        return linear_operator(self, [block.shape for block in self.blocks], self.apply)
 
 
 @value
-class BlockTridiagonalInverse:
+class BlockTridiagonalInverse(Value):
     """F̂⁻¹ = Ξᵀ Λ Ξ (Section 4.3), as `block_tridiagonal_inverse` builds it.
 
     Ξ has I on its diagonal and -Ψ_{i,i+1} = -Ψ^A_i ⊗ Ψ^G_i beside it; Λ = diag(Σ_{1|2}⁻¹, ..., Σ_{l-1|l}⁻¹, Σ_l⁻¹).
@@ -90,7 +103,6 @@ class BlockTridiagonalInverse:
     Psi_A: tuple[Array, ...]
     Psi_G: tuple[Array, ...]
     Lambda: tuple[Operator, ...]
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         for name in ("Psi_A", "Psi_G", "Lambda"):
@@ -137,9 +149,9 @@ class BlockTridiagonalInverse:
         dense = _assembled(Xi)
         return product(dense.mT, _assembled(Lambda), dense)
 
-    def as_scipy(self) -> _conversions.LinearOperator:
+    def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
-        return _conversions.linear_operator(self, [block.shape for block in self.Lambda], self.apply)
+        return linear_operator(self, [block.shape for block in self.Lambda], self.apply)
 
 
 def _check_operators(name: str, blocks: Sequence[Operator]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks, _conversions, spd
-from ._typing import Array, Scalar
-from ._value import value
+from . import _backends, _checks
+from ._backends import Array, Scalar
+from ._value import Value, as_scipy_on_vectors, value
 
 
 @value
-class CholeskyInverse:
+class CholeskyInverse(Value):
     """(L Lᵀ)⁻¹ for lower triangular L (..., n, n), as `spd.cholesky` gives it; what is above the diagonal is not read.
 
     To make it takes a third of the flops of an explicit inverse, and to apply it as many as a product, at the lower
@@ -25,8 +25,7 @@ class CholeskyInverse:
     """
 
     L: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy_on_vectors
+    as_scipy = as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         self._backend()
@@ -62,7 +61,7 @@ class CholeskyInverse:
 
     def inverse_root(self, p: float) -> Array:
         """(L Lᵀ)^(1/p) (..., n, n) for p > 0, a dense array. About 10 n³ flops."""
-        return spd.inverse_root(self.to_dense(), p)
+        return _backends.inverse_root(self.to_dense(), _checks.positive("p", p))
 
     def shifted(self, shift: Scalar) -> Array:
         """(L Lᵀ)⁻¹ + shift I (..., n, n), a dense array, for a number or a shift (...). ⅔ n³ flops."""

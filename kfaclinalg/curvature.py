@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from . import _backends, _checks, _network
+from ._backends import Scalar
 from ._sides import ROUTINES, inverses, resolve_sides, side
-from ._typing import Scalar
 from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import _shifts, factored_tikhonov

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 
 from . import _backends, _checks
-from ._sides import SideLike, batch_of, resolve_sides, side
-from ._typing import Array, Scalar, Side
+from ._backends import Array, Scalar
+from ._sides import Side, SideLike, batch_of, resolve_sides, side
 from .factors import LayerFactors
 
 NORMS = ("trace", "frobenius", "spectral")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks, _conversions, spd
-from ._typing import Array, Scalar
-from ._value import value
+from . import _backends, _checks
+from ._backends import Array, Scalar
+from ._value import Value, as_scipy_on_vectors, value
 
 
 @value
-class Dense:
+class Dense(Value):
     """M (..., n, n) as an operator on X (..., n, r): symmetric, save that `@` uses it as given.
 
     `Kronecker` makes one of each array that it is given. What is dense again comes back as an array.
@@ -23,8 +23,7 @@ class Dense:
     """
 
     M: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy_on_vectors
+    as_scipy = as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         _backends.resolve(M=self.M)
@@ -54,11 +53,11 @@ class Dense:
 
     def inverse(self) -> Array:
         """M⁻¹ (..., n, n). About n³ flops."""
-        return spd.inverse(self.M)
+        return _backends.inverse(self.M)
 
     def inverse_root(self, p: float) -> Array:
         """M^(-1/p) (..., n, n) for p > 0. About 9 n³ flops."""
-        return spd.inverse_root(self.M, p)
+        return _backends.inverse_root(self.M, _checks.positive("p", p))
 
     def shifted(self, shift: Scalar) -> Array:
         """M + shift I (..., n, n) for a number or a shift (...). n flops."""
@@ -67,11 +66,11 @@ class Dense:
 
     def solve(self, X: Array) -> Array:
         """M⁻¹ X for X (..., n, r). n³/3 + 2 n² r flops."""
-        return spd.solve(self.M, X)
+        return _backends.narrowed(_backends.solve(self.M, self._operand(X, (self.shape[0], "r"))), X.dtype)
 
     def logdet(self) -> Array:
         """log det M (...). n³/3 flops."""
-        return spd.logdet(self.M)
+        return _backends.logdet(self.M)
 
     def trace(self) -> Array:
         """tr M (...). n flops."""

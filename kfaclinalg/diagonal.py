@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks, _conversions
-from ._typing import Array, Scalar
-from ._value import value
+from . import _backends, _checks
+from ._backends import Array, Scalar
+from ._value import Value, as_scipy_on_vectors, value
 
 
 @value
-class Diagonal:
+class Diagonal(Value):
     """diag(d) for d (..., n). Where an entry is not positive, `inverse`, `solve` and `logdet` give NaN for that member.
 
     Raises:
@@ -21,8 +21,7 @@ class Diagonal:
     """
 
     d: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy_on_vectors
+    as_scipy = as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         self._backend()

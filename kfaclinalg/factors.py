@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import _backends, _checks, _moments
-from ._typing import ArrayT
+from ._backends import ArrayT
 
 
 class LayerFactors(NamedTuple):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks, _conversions
-from ._sides import ROUTINES, SideLike, as_given, batch_of, between, between_inverses, inverses, resolve_sides, side
-from ._typing import Array, Scalar, Side
-from ._value import rebuilt, value
+from . import _backends, _checks
+from ._backends import Array, Scalar
+from ._sides import (
+    ROUTINES,
+    Side,
+    SideLike,
+    as_given,
+    batch_of,
+    between,
+    between_inverses,
+    inverses,
+    resolve_sides,
+    side,
+)
+from ._value import Value, as_scipy_on_matrices, rebuilt, value
 from .kronecker_basis import KroneckerBasis
 
 
 @value
-class OuterProduct:
+class OuterProduct(Value):
     """L Rᵀ for L (..., m, r) and R (..., n, r): a layer's gradient Σ g aᵀ over r examples, as the batch gives it.
 
     `Kronecker @` takes it as a V (m, n) without forming it, the low-rank form at the end of Section 8.
@@ -22,7 +33,6 @@ class OuterProduct:
 
     L: Array
     R: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
 
     def __post_init__(self) -> None:
         b = _backends.resolve(L=self.L, R=self.R)
@@ -53,7 +63,7 @@ class OuterProduct:
 
 
 @value
-class Kronecker:
+class Kronecker(Value):
     """A ⊗ B for A (..., n, n) and B (..., m, m), acting on V (..., m, n) by (A ⊗ B) vec(V) = vec(B V Aᵀ).
 
     `vec` stacks columns; A is on the input side of a layer with weights (m, n) = (outputs, inputs), B on its output
@@ -74,8 +84,7 @@ class Kronecker:
 
     A: SideLike
     B: SideLike
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy
+    as_scipy = as_scipy_on_matrices
 
     def __post_init__(self) -> None:
         resolve_sides(A=self.A, B=self.B)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks, _conversions
-from ._typing import Array
-from ._value import value
+from . import _backends, _checks
+from ._backends import Array
+from ._value import Value, as_scipy_on_matrices, value
 
 
 @value
-class KroneckerBasis:
+class KroneckerBasis(Value):
     """(K_A ⊗ K_B) diag(vec(weights)) (K_A ⊗ K_B)ᵀ, for K_A (..., n, n), K_B (..., m, m) and weights (..., m, n).
 
     K_A and K_B are nonsingular; they need not be orthogonal. `logdet` is NaN where a weight is not positive.
@@ -26,8 +26,7 @@ class KroneckerBasis:
     K_A: Array
     K_B: Array
     weights: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy
+    as_scipy = as_scipy_on_matrices
 
     def __post_init__(self) -> None:
         b = self._backend()

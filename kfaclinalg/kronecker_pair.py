@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from . import _backends, _checks, _conversions, spd
-from ._typing import Array
-from ._value import rebuilt, value
+from . import _backends, _checks
+from ._backends import Array
+from ._value import Value, as_scipy_on_matrices, rebuilt, value
 from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
 
@@ -16,7 +16,7 @@ C = 10  # of the bound C n eps on the backward error of a solve
 
 
 @value
-class KroneckerPair:
+class KroneckerPair(Value):
     """A ⊗ B + C ⊗ D on V (..., m, n), for A, C (..., n, n) and B, D (..., m, m): V ↦ B V Aᵀ + D V Cᵀ.
 
     For the difference A ⊗ B - C ⊗ D pass -C. For `inverse`, `solve` and `logdet`, A and B are positive definite, C and
@@ -35,8 +35,7 @@ class KroneckerPair:
     B: Array
     C: Array
     D: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy
+    as_scipy = as_scipy_on_matrices
 
     def __post_init__(self) -> None:
         b = self._backend()
@@ -85,7 +84,7 @@ class KroneckerPair:
         s_A, s_B = _backends.pencil_values(self.A, self.C), _backends.pencil_values(self.B, self.D)
         inverse = _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])
         xp = self._backend().xp
-        return m * spd.logdet(self.A) + n * spd.logdet(self.B) - xp.sum(xp.log(inverse), axis=(-2, -1))
+        return m * _backends.logdet(self.A) + n * _backends.logdet(self.B) - xp.sum(xp.log(inverse), axis=(-2, -1))
 
     def trace(self) -> Array:
         """tr(A) tr(B) + tr(C) tr(D) (...). 2 (n + m) flops."""
@@ -133,7 +132,7 @@ class KroneckerPair:
         They grow and shrink together: only their product matters, so that each step gives them equal sizes.
         """
         xp = (b := self._backend()).xp
-        P, Q = spd.solve(self.B, self.D), spd.solve(self.A, self.C.mT).mT
+        P, Q = _backends.solve(self.B, self.D), _backends.solve(self.A, self.C.mT).mT
         powers = []
         for _ in range(min(SQUARINGS, round(-math.log2(16 * b.eps)))):
             p, q = (xp.max(xp.abs(M), axis=(-2, -1), keepdims=True) for M in (P, Q))
@@ -151,7 +150,7 @@ class KroneckerPair:
     @_backends.in_full_precision
     def _series(self, V: Array, powers: list[tuple[Array, Array]]) -> Array:
         xp = self._backend().xp
-        W = spd.solve(self.A, spd.solve(self.B, V).mT).mT
+        W = _backends.solve(self.A, _backends.solve(self.B, V).mT).mT
         size = xp.max(xp.abs(W), axis=(-2, -1), keepdims=True)
         size = xp.where(size > 0, size, 1.0)  # what is small beside U must not underflow
         U, sign = W / size, -1.0

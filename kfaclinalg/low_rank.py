@@ -5,16 +5,16 @@ They take O(n k) memory, and their inverses, of the same form, O(n k²) flops.
 
 from __future__ import annotations
 
-from . import _backends, _capacitance, _checks, _conversions, _subspace, _woodbury, spd
-from ._typing import Array, Scalar
-from ._value import value
+from . import _backends, _capacitance, _checks, _subspace, _woodbury
+from ._backends import Array, Scalar
+from ._value import Value, as_scipy_on_vectors, value
 from .diagonal import Diagonal
 
 __all__ = ["Diagonal", "LowRankPlusDiagonal", "low_rank", "low_rank_plus_diagonal"]
 
 
 @value
-class LowRankPlusDiagonal:
+class LowRankPlusDiagonal(Value):
     """M = U diag(s) Uᵀ + diag(d) for any U (..., n, k), s (..., k) of any sign, in any order, and d (..., n).
 
     `inverse`, `solve` and `logdet` need d > 0 and M positive definite: what is not, to working precision, gives NaN for
@@ -32,8 +32,7 @@ class LowRankPlusDiagonal:
     U: Array
     s: Array
     d: Array
-    astype, to_device, to_namespace = _conversions.astype, _conversions.to_device, _conversions.to_namespace
-    as_scipy = _conversions.as_scipy_on_vectors
+    as_scipy = as_scipy_on_vectors
 
     def __post_init__(self) -> None:
         b = self._backend()
@@ -80,7 +79,7 @@ class LowRankPlusDiagonal:
 
     def inverse_root(self, p: float) -> Array:
         """M^(-1/p) (..., n, n) for p > 0, a dense array. About 9 n³ flops."""
-        return spd.inverse_root(self.to_dense(), p)
+        return _backends.inverse_root(self.to_dense(), _checks.positive("p", p))
 
     def shifted(self, shift: Scalar) -> LowRankPlusDiagonal:
         """M + shift I for a number or a shift (...). n flops."""

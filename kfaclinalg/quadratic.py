@@ -10,7 +10,7 @@ from operator import add
 from typing import Any, NamedTuple
 
 from . import _backends, _checks
-from ._typing import ArrayT, Scalar, Scalars
+from ._backends import ArrayT, Scalar, Scalars
 
 PARALLEL = 1e-10  # 1 - cos² below which a direction adds nothing to those before it
 

@@ -7,7 +7,7 @@ infinity, gives NaN; the other members of the batch are not touched by it.
 from __future__ import annotations
 
 from . import _backends, _checks, _newton_schulz
-from ._typing import Array, ArrayT
+from ._backends import Array, ArrayT
 
 
 def inverse(M: ArrayT, /) -> ArrayT:

@@ -21,8 +21,7 @@ from scipy.sparse.linalg import cg, eigsh
 
 from kfaclinalg import _backends, _checks
 from kfaclinalg._backends.pytrees import _pending
-from kfaclinalg._conversions import as_scipy, as_scipy_on_vectors, astype, linear_operator, to_device, to_namespace
-from kfaclinalg._value import value
+from kfaclinalg._value import Value, as_scipy_on_matrices, as_scipy_on_vectors, linear_operator, value
 
 
 class Moments(NamedTuple):
@@ -31,13 +30,13 @@ class Moments(NamedTuple):
 
 
 @value
-class Product:
+class Product(Value):
     """V -> B V Aᵀ, with the fields and checks of `Kronecker`."""
 
     A: Any
     B: Any
 
-    astype, to_device, to_namespace, as_scipy = astype, to_device, to_namespace, as_scipy
+    as_scipy = as_scipy_on_matrices
 
     def __post_init__(self) -> None:
         _backends.resolve(A=self.A, B=self.B)
@@ -52,13 +51,11 @@ class Product:
 
 
 @value
-class Network:
+class Network(Value):
     """Operators side by side, and what else a field may hold."""
 
     blocks: tuple[Any, ...]
     links: tuple[Moments, ...] = ()
-
-    astype, to_device, to_namespace = astype, to_device, to_namespace
 
     def apply(self, Vs: Any) -> tuple[Any, ...]:
         return tuple(block @ V for block, V in zip(self.blocks, Vs, strict=True))

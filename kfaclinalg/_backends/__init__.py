@@ -13,6 +13,7 @@ routine has one body in the array API's terms; another one stands here where a m
 | substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | |
 """
 
+from .._typing import Array, ArrayT, Device, DType, Namespace, Scalar, Scalars
 from .composed import completed, conditional, left_singular, pencil, pencil_values
 from .config import show_config
 from .door import (
@@ -55,8 +56,15 @@ from .stacking import each
 
 __all__ = [
     "NAN",
+    "Array",
+    "ArrayT",
     "Backend",
+    "DType",
+    "Device",
     "LinAlgError",
+    "Namespace",
+    "Scalar",
+    "Scalars",
     "all_finite",
     "assert_finite",
     "at_home",
