@@ -47,7 +47,7 @@ def noise(b: _backends.Backend, k: int) -> float:
     return (8 + k**0.5) * b.eps
 
 
-@_backends.at_home
+@_backends.formula
 def inverse(U: Array, s: Array, d: Array) -> tuple[Array, Array, Array]:
     """U, s and d of M⁻¹ = diag(1/d) - T Tᵀ."""
     b, k = _backends.backend_of(U), s.shape[0]
@@ -58,7 +58,7 @@ def inverse(U: Array, s: Array, d: Array) -> tuple[Array, Array, Array]:
     return T / (lost * root), b.xp.full((k,), -1.0, dtype=b.dtype, device=b.device), 1 / (lost * d)
 
 
-@_backends.at_home
+@_backends.formula
 def solve(U: Array, s: Array, d: Array, X: Array) -> Array | None:
     """M⁻¹ X = Z for X (n, r), None where the inverse could be NaN.
 
@@ -85,7 +85,7 @@ def is_refined(b: _backends.Backend, step: Array, Z: Array) -> bool:
     return bool(b.xp.all(change <= 0.1 * b.eps**0.5 * size))
 
 
-@_backends.at_home
+@_backends.formula
 def logdet(U: Array, s: Array, d: Array) -> Array:
     """log det M."""
     xp = _backends.namespace_of(U)

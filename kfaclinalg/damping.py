@@ -66,13 +66,13 @@ def _check(layer: LayerFactors, norm: str) -> _backends.Backend:
     return resolve_sides(A=layer.A, G=layer.G)
 
 
-@_backends.at_home
+@_backends.formula
 def _split(A: SideLike, G: SideLike, gamma: Scalar, *, norm: str) -> tuple[Array, Array]:
     pi = _pi(A, G, norm=norm)
     return pi * gamma, gamma / pi
 
 
-@_backends.at_home
+@_backends.formula
 def _pi(A: SideLike, G: SideLike, *, norm: str) -> Array:
     """√a/√g, not √(a/g): the quotient of two extreme sizes may leave the range."""
     a, g = _size(side(A), norm), _size(side(G), norm)

@@ -184,7 +184,7 @@ class KroneckerPair(Value):
         return _backends.resolve(A=self.A, B=self.B, C=self.C, D=self.D)
 
 
-@_backends.at_home
+@_backends.formula
 def _inverse(A: Array, B: Array, C: Array, D: Array) -> tuple[Array, Array, Array]:
     """K_A, K_B and weights with (A ⊗ B + C ⊗ D)⁻¹ = (K_A ⊗ K_B) diag(vec(weights)) (K_A ⊗ K_B)ᵀ.
 

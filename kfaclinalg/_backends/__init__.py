@@ -28,7 +28,7 @@ from .door import (
     widest,
 )
 from .finiteness import LinAlgError, all_finite, assert_finite, values
-from .home import at_home, in_full_precision, may_read
+from .home import formula, in_full_precision, may_read
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
     back_substitution,
@@ -67,7 +67,7 @@ __all__ = [
     "Scalars",
     "all_finite",
     "assert_finite",
-    "at_home",
+    "formula",
     "back_substitution",
     "backend_of",
     "cholesky",

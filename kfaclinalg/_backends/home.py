@@ -76,11 +76,9 @@ def routine(
     return chosen
 
 
-def at_home(f: F) -> F:
-    """f of arrays and numbers, on NumPy's views of torch's matrices where the rule says SciPy.
-
-    A formula of several steps changes libraries once; what is no argument by position is no array.
-    """
+def formula(f: F) -> F:
+    """f, of arrays and numbers by position, computed by one library from end to end: where the rule says SciPy, on
+    NumPy's views of torch's matrices."""
 
     @wraps(f)
     def run(*args: Any, **options: Any) -> Any:
