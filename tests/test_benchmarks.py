@@ -31,13 +31,13 @@ def public():
         if inspect.isfunction(thing) and thing is not kfaclinalg.show_config:
             yield name
         elif inspect.isclass(thing) and not issubclass(thing, tuple):
-            yield from (f"{name}.{method}" for method, f in vars(thing).items() if _is_public(method, f))
+            yield from (f"{name}.{method}" for method, f in inspect.getmembers(thing) if _is_public(method, f))
 
 
 def _is_public(name, f, module=None):
     if module is not None and getattr(f, "__module__", None) != module.__name__:
         return False
-    return (inspect.isfunction(f) or isinstance(f, staticmethod)) and (name == "__matmul__" or name[0] != "_")
+    return inspect.isfunction(f) and (name == "__matmul__" or name[0] != "_")
 
 
 def test_every_public_operation_has_a_benchmark():
