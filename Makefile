@@ -20,7 +20,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures $(FIGURES) test oldest newest gpu lint docs bench performance plots clean
+.PHONY: help demo figures $(FIGURES) test oldest newest gpu gpu-dry lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,7 +30,8 @@ help:
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
 	@echo "make lint     ruff and mypy"
-	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part, --dry on a CPU)"
+	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part)"
+	@echo "make gpu-dry  the same in small on a CPU: that it runs"
 	@echo "make docs     the site, in build/docs"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
 	@echo "make performance  all benchmarks, stored, and their pictures  (pin it: taskset -c 1 make performance)"
@@ -82,6 +83,9 @@ lint: $(VENV)/.test
 # On a bare machine, with whichever Python holds torch, if one does.
 gpu:
 	python3 gpu/run.py $(ARGS)
+
+gpu-dry: $(VENV)/.test
+	$(PYTHON) gpu/run.py --dry $(ARGS)
 
 docs: $(VENV)/.docs
 	$(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs

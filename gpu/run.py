@@ -2,7 +2,7 @@
 
     python gpu/run.py                  # all: correct, speed, train
     python gpu/run.py speed            # one part
-    python gpu/run.py --dry            # on the CPU, in small: what a typo would cost a GPU, it costs here
+    make gpu-dry                       # on the CPU, in small: what a typo would cost a GPU, it costs here
 
 It needs Python, pip and NVIDIA's driver. What is already there (torch, CuPy, JAX, ...) is used, what is missing comes
 from the folder of wheels that GPU_WHEELS names, or from the package index; what cannot be had is reported and left out.
