@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ def main() -> int:
 
 def driver() -> str:
     """The card and its driver, by nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        raise SystemExit("no nvidia-smi on the PATH: a GPU and NVIDIA's driver are needed, or `make gpu-dry`")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     banner = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout
@@ -90,7 +93,7 @@ def install(on_cuda: dict[str, str], major: str) -> list[str]:
 
 def run(part: str, dry: bool) -> tuple[bool, float, str]:
     """One part in its own process, shown as it goes: whether it ended well, its seconds, what it said."""
-    paths = [SITE, ROOT, ROOT / "adapters", ROOT / "tests", ROOT / "docs" / "examples"]
+    paths = [SITE, ROOT, ROOT / "adapters", ROOT / "tests", ROOT / "tests" / "adapters", ROOT / "docs" / "examples"]
     environment = (
         os.environ
         | {

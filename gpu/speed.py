@@ -39,11 +39,10 @@ def refresh() -> Table:
             spd.newton_schulz_inverse(M, X, iterations=4) for M, X in zip(damped, earlier, strict=True)
         ],
     }
-    floor = None
+    floor = min(median_ms(by_hand(damped)), median_ms(by_hand(groups)))
     for name, f in ways.items():
         with table.guarded(name):
             ms = median_ms(f)
-            floor = min(ms, floor or ms) if "cholesky" in name or "batched" in name else floor
             table.row(name, ms, ms / floor, peak_memory(f))
     return table
 

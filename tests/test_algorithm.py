@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
 
 from kfaclinalg import (
@@ -338,7 +339,20 @@ def test_weight_decay_moves_the_optimum_towards_zero():
     problem, eta = LinearRegression(NUMPY), 0.5
     (W,), _, _ = run(problem, KFACOptions(damping=eta, weight_decay=eta), 60)
     ridge = np.linalg.solve(problem.A + eta * np.eye(4), problem.a.T @ problem.y / problem.N).T
-    np.testing.assert_allclose(W, ridge, rtol=1e-6)
+    bound = testing.inverse_bound(np.linalg.cond(problem.A + eta * np.eye(4)), NUMPY.eps)
+    np.testing.assert_allclose(W, ridge, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("elsewhere", [float, np.asarray, torch.asarray], ids=["a number", "NumPy", "torch"])
+def test_a_loss_may_live_elsewhere(elsewhere):
+    class Elsewhere(LinearRegression):
+        def loss(self, weights):
+            return elsewhere(float(super().loss(weights)))
+
+    (W,), _, infos = run(Elsewhere(TORCH_FLOAT32), KFACOptions(), 6)
+    (expected,), _, others = run(LinearRegression(TORCH_FLOAT32), KFACOptions(), 6)
+    assert torch.equal(W, expected)
+    assert [info.ratio for info in infos] == pytest.approx([info.ratio for info in others], nan_ok=True)
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])

@@ -60,8 +60,7 @@ class EigenInverses(Inverses):
         super().load(state)
         self.squares = state["squares"]
 
-    def _finished(self, name: str, inverse: Any, damping: float) -> Any:
-        K = inverse
+    def _finished(self, name: str, K: Any, damping: float) -> Any:
         if not isinstance(K, KroneckerBasis) or name not in self.blocks:
             return K
         if name in self.squares:

@@ -134,9 +134,9 @@ class Inverses:
                 return inverse
         return None
 
-    def _finished(self, name: str, inverse: Any, damping: float) -> Any:
-        """What is kept of a layer's new inverse."""
-        return inverse
+    def _finished(self, name: str, K: Any, damping: float) -> Any:
+        """What is kept of a layer's new inverse K."""
+        return K
 
     def _keep(self, name: str, inverse: Any | None, *layers: LayerFactors) -> None:
         if inverse is not None:

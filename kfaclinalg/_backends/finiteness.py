@@ -31,15 +31,18 @@ def all_finite(arrays: Sequence[Array]) -> Array:
 
 
 def values(*xs: Any) -> list[float]:
-    """Python's numbers of 0-d arrays of one backend, and of numbers: the device is waited for once."""
-    arrays = [i for i, x in enumerate(xs) if not isinstance(x, Real)]
-    found = [math.nan if i in arrays else float(x) for i, x in enumerate(xs)]
-    if arrays:
-        b = backend_of(xs[arrays[0]])
-        held = b.xp.stack([b.xp.astype(xs[i], b.widest) for i in arrays])
-        numbers = held.tolist() if hasattr(held, "tolist") else map(float, b.xp.unstack(held))
-        for i, x in zip(arrays, numbers, strict=True):
-            found[i] = x
+    """Python's numbers of 0-d arrays, and of numbers: each device is waited for once."""
+    found = [float(x) if isinstance(x, Real) else math.nan for x in xs]
+    places: dict[Any, list[int]] = {}
+    for i, x in enumerate(xs):
+        if not isinstance(x, Real):
+            b = backend_of(x)
+            places.setdefault((b.xp, b.widest, str(b.device)), []).append(i)
+    for (xp, widest, _), indices in places.items():
+        held = xp.stack([xp.astype(xs[i], widest) for i in indices])
+        numbers = held.tolist() if hasattr(held, "tolist") else map(float, xp.unstack(held))
+        for i, number in zip(indices, numbers, strict=True):
+            found[i] = number
     return found
 
 
