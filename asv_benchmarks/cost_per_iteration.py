@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from kfaclinalg import KFACOptions, OuterProduct, block_diagonal_inverse, inner_products, moving_average
 from kfaclinalg_torch import KFAC, Gaussian
-from kfaclinalg_torch.layers import trained_layers
-from kfaclinalg_torch.problem import Batch, NetworkProblem
+from kfaclinalg_torch._layers import trained_layers
+from kfaclinalg_torch._problem import Batch, NetworkProblem
 
 OUTPUT = Path(__file__).parents[1] / "docs/_static/performance/cost_per_iteration.md"
 PERIODS = (1, 5, 20, 100)  # T3

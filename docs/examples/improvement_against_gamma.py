@@ -30,7 +30,7 @@ from tqdm import tqdm
 from _demo_page import COLOURS, FAINT, INK, STYLE
 from kfaclinalg import block_diagonal_inverse, block_tridiagonal_inverse, fit_quadratic, inner_products
 from kfaclinalg_torch import KFAC
-from kfaclinalg_torch.problem import Batch, NetworkProblem
+from kfaclinalg_torch._problem import Batch, NetworkProblem
 from mnist_autoencoder import autoencoder, print_table
 
 SIZES = (64, 100, 50, 25, 6, 25, 50, 100, 64)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from training import ESTIMATORS, assert_near, assert_same, batch, dense, gradients, network, one_step, preconditioned
 
 from kfaclinalg import Kronecker, LayerFactors, LinAlgError
-from kfaclinalg_torch.inverses import Factored, Inverses, exact, factored
+from kfaclinalg_torch._inverses import Factored, Inverses, exact, factored
 
 # -- the failure ladder --
 

@@ -14,7 +14,7 @@ from training import Waits
 
 from kfaclinalg import KFACOptions, OuterProduct
 from kfaclinalg_torch import KFAC, Gaussian
-from kfaclinalg_torch.problem import Batch
+from kfaclinalg_torch._problem import Batch
 
 
 def network(*sizes, dtype=torch.float32, device="cpu"):

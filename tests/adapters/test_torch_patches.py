@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kfaclinalg_torch import patch_moments as module_under_test
-from kfaclinalg_torch.patch_moments import patch_moment
-from kfaclinalg_torch.patches import matrix_of_weight, mean_patches, patches, rows, weight_of_matrix
+from kfaclinalg_torch import _patch_moments as module_under_test
+from kfaclinalg_torch._patch_moments import patch_moment
+from kfaclinalg_torch._patches import matrix_of_weight, mean_patches, patches, rows, weight_of_matrix
 
 # (class, channels in, out, kernel, options, positions)
 CASES = {

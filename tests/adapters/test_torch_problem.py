@@ -8,9 +8,9 @@ from backends import DEVICES
 from torch import nn
 
 from kfaclinalg import KFACOptions
-from kfaclinalg_torch.layers import captured, trained_layers
-from kfaclinalg_torch.likelihoods import LIKELIHOODS
-from kfaclinalg_torch.problem import Batch, NetworkProblem
+from kfaclinalg_torch._layers import captured, trained_layers
+from kfaclinalg_torch._likelihoods import LIKELIHOODS
+from kfaclinalg_torch._problem import Batch, NetworkProblem
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 N, SIZES = 6, (3, 4, 2, 3)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from kfaclinalg_torch import KFAC
-from kfaclinalg_torch.layers import Layer
+from kfaclinalg_torch._layers import Layer
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .chain import ChainInverse
-from .discovery import Layer
-from .eigen import EigenInverses
-from .inverses import Inverses, exact, factored, low_rank
+from ._chain import ChainInverse
+from ._discovery import Layer
+from ._eigen import EigenInverses
+from ._inverses import Inverses, exact, factored, low_rank
 
 Number = float | Callable[[int], float]
 Period = int | Callable[[int], int]

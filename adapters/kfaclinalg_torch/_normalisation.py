@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .modules import Block, Like, second_moment
+from ._modules import Block, Like, second_moment
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
-from .checkpoint import check, check_generator, check_keys, check_run, packed, restored
-from .layers import trained_layers
-from .likelihoods import Likelihood, likelihood_of, new_generator
-from .problem import Batch, NetworkProblem
+from ._checkpoint import check, check_generator, check_keys, check_run, packed, restored
+from ._layers import trained_layers
+from ._likelihoods import Likelihood, likelihood_of, new_generator
+from ._problem import Batch, NetworkProblem
 
 
 class KFAC(torch.optim.Optimizer):

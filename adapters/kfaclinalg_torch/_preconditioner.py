@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from kfaclinalg import Kronecker, LayerFactors, OuterProduct
 
-from . import estimators
-from .averages import Averages
-from .capture import Capture, Use
-from .checkpoint import check, check_generator, check_keys, is_number, packed, restored
-from .discovery import Layer, check_owners, found, owners
-from .inverses import Factored
-from .likelihoods import Likelihood, likelihood_of, new_generator
-from .modules import Block, Linear
-from .outer import outer_gradient
-from .settings import Number, Period, at, check_options, check_together, inverses_of, sharing_of
-from .statistics import Statistic, several_processes
+from . import _estimators as estimators
+from ._averages import Averages
+from ._capture import Capture, Use
+from ._checkpoint import check, check_generator, check_keys, is_number, packed, restored
+from ._discovery import Layer, check_owners, found, owners
+from ._inverses import Factored
+from ._likelihoods import Likelihood, likelihood_of, new_generator
+from ._modules import Block, Linear
+from ._outer import outer_gradient
+from ._settings import Number, Period, at, check_options, check_together, inverses_of, sharing_of
+from ._statistics import Statistic, several_processes
 
 
 def _in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:

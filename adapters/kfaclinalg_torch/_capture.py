@@ -13,8 +13,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from . import attention
-from .modules import Block
+from . import _attention as attention
+from ._modules import Block
 
 
 class Pass(NamedTuple):

@@ -22,8 +22,8 @@ from kfaclinalg import (
     low_rank_inverse,
 )
 
-from .checkpoint import check, check_keys
-from .statistics import Statistic
+from ._checkpoint import check, check_keys
+from ._statistics import Statistic
 
 Build = Callable[[LayerFactors, float], Any]
 # The rungs above the factors as they are: in float64, with so many times the damping.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patches import Convolution, Grid, grid_of, pixels_of
+from ._patches import Convolution, Grid, grid_of, pixels_of
 
 BUFFER = 16 * 2**20  # bytes of patches that `moment` holds at once, or those of one example
 # MKL's float32 product of fewer than 12 columns sums its rows one by one and loses 2e-5 over 150 000: pieces lose 1e-7.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kfaclinalg import KroneckerBasis
 
-from .checkpoint import check, is_matrix
-from .discovery import Layer
-from .inverses import Build, Inverses
-from .modules import Dense
-from .statistics import Statistic, over_processes, several_processes
+from ._checkpoint import check, is_matrix
+from ._discovery import Layer
+from ._inverses import Build, Inverses
+from ._modules import Dense
+from ._statistics import Statistic, over_processes, several_processes
 
 BUFFER = 2**22  # entries of the gradients of single examples at once
 

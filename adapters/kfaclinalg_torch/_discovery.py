@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from kfaclinalg import LayerFactors
 
-from . import attention
-from .convolution import Convolution
-from .modules import Block, Dense, Embedding, Like, Linear
-from .normalisation import Scale
-from .tied import combined
+from . import _attention as attention
+from ._convolution import Convolution
+from ._modules import Block, Dense, Embedding, Like, Linear
+from ._normalisation import Scale
+from ._tied import combined
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SCALES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

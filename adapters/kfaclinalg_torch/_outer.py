@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kfaclinalg import OuterProduct
 
-from .capture import Use
-from .modules import Linear
+from ._capture import Use
+from ._modules import Linear
 
 
 def outer_gradient(block: Linear, uses: Sequence[tuple[Use, Tensor]], seed: int) -> OuterProduct | None:

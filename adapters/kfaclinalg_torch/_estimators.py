@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .likelihoods import Likelihood
+from ._likelihoods import Likelihood
 
 
 def sampled(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .modules import Linear
+from ._modules import Linear
 
 
 def reason(module: nn.MultiheadAttention) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kfaclinalg import Diagonal, Factors, LayerFactors, Link, averaging_decay, moving_average, update_factors
 
-from .checkpoint import check, check_keys, check_links, is_matrix, is_number
-from .modules import Block
-from .statistics import Held
+from ._checkpoint import check, check_keys, check_links, is_matrix, is_number
+from ._modules import Block
+from ._statistics import Held
 
 
 class Averages:

@@ -10,8 +10,8 @@ from torch import Tensor, distributed
 
 from kfaclinalg import LayerFactors
 
-from .capture import Use
-from .modules import LARGEST, Block, Linear, Rows, second_moment
+from ._capture import Use
+from ._modules import LARGEST, Block, Linear, Rows, second_moment
 
 
 class Sums(NamedTuple):

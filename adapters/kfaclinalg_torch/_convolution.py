@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import patches
-from .modules import LARGEST, Dense, Like
-from .patch_moments import patch_moment
+from . import _patches as patches
+from ._modules import LARGEST, Dense, Like
+from ._patch_moments import patch_moment
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kfaclinalg import BlockTridiagonalInverse, Factors, Link, block_tridiagonal_inverse
 
-from .checkpoint import check
-from .discovery import Layer
-from .inverses import LADDER, Factored, Inverses, are_finite, cast, factored
-from .modules import Block, Linear
-from .statistics import Statistic, over_processes
+from ._checkpoint import check
+from ._discovery import Layer
+from ._inverses import LADDER, Factored, Inverses, are_finite, cast, factored
+from ._modules import Block, Linear
+from ._statistics import Statistic, over_processes
 
 
 class ChainInverse(Inverses):

@@ -13,9 +13,9 @@ from torch.func import functional_call, jvp
 
 from kfaclinalg import Factors, KFACOptions, OuterProduct, batch_factors, homogeneous, moving_average
 
-from .layers import Layer, Use, captured, single_uses
-from .likelihoods import Likelihood
-from .once import Once
+from ._layers import Layer, Use, captured, single_uses
+from ._likelihoods import Likelihood
+from ._once import Once
 
 Matrices = tuple[Tensor, ...]
 
