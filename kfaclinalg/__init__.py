@@ -1,7 +1,8 @@
 """K-FAC linear algebra, exact, on any array-API namespace (NumPy, CuPy, torch, JAX, ...).
 
 Read in this order: `factors` (what is measured), `damping`, `kronecker` (one layer), `blocks` (the network),
-`curvature` (from factors to an inverse), `quadratic` (how far to go) and `algorithm` (Algorithm 2).
+`curvature` (from factors to an inverse), `structures` (which of them), `quadratic` (how far to go) and `algorithm`
+(Algorithm 2).
 """
 
 from . import spd, testing
@@ -25,6 +26,8 @@ from .kronecker_pair import KroneckerPair
 from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 from .options import KFACOptions
 from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
+from .spectral import Eigen, Exact
+from .structures import Factored, LowRank, Structure, Tridiagonal
 
 __all__ = [
     "BlockDiagonal",
@@ -32,6 +35,9 @@ __all__ = [
     "CholeskyInverse",
     "Dense",
     "Diagonal",
+    "Eigen",
+    "Exact",
+    "Factored",
     "Factors",
     "KFACOptions",
     "KFACState",
@@ -41,11 +47,14 @@ __all__ = [
     "LayerFactors",
     "LinAlgError",
     "Link",
+    "LowRank",
     "LowRankPlusDiagonal",
     "OuterProduct",
     "Problem",
     "QuadraticFit",
     "StepInfo",
+    "Structure",
+    "Tridiagonal",
     "assert_finite",
     "averaging_decay",
     "batch_factors",

@@ -6,6 +6,8 @@ import math
 
 from . import _backends
 from ._backends import Array
+from ._sides import side
+from ._value import leaves
 from .factors import Factors, LayerFactors
 
 NO_UPDATE, NO_LOSS_AFTER = "the update is not finite", "the loss after the step is not finite"
@@ -15,7 +17,7 @@ NOISE = 16  # how many eps of what it changes a change must exceed
 
 def are_finite(statistics: Factors) -> Array:
     """Whether all that the statistics hold is finite, a 0-d array."""
-    return _backends.all_finite([x for pair in (*statistics.layers, *statistics.links) for x in pair])
+    return _backends.all_finite(list(leaves(statistics)))
 
 
 def refusal(loss: float, finite: float, change: float, norm: float) -> str:
@@ -34,7 +36,7 @@ def raised(damping: float, omega1: float, ceiling: float, refused: str) -> float
 
 def strengths(factors: Factors) -> tuple[float, float]:
     """Where λ = 0 and γ² = 0 begin to rise, and where γ² ends: √eps and 1/√eps of the largest mean eigenvalue."""
-    root = _backends.backend_of(factors.layers[0].A).eps ** 0.5
+    root = _backends.backend_of(next(leaves(factors))).eps ** 0.5
     size = max(map(_mean_eigenvalue, factors.layers))
     return root * size, size / root
 
@@ -45,7 +47,6 @@ def is_noise(change: float, norm: float, loss: float, size: float, eps: float) -
 
 
 def _mean_eigenvalue(layer: LayerFactors) -> float:
-    """tr(A) tr(G) / (n m)."""
-    trace = _backends.namespace_of(layer.A).linalg.trace
-    a, g = (float(trace(M)) / M.shape[-1] for M in layer)
-    return abs(a * g)
+    """tr(A) tr(G) / (n m), the largest of a batch."""
+    a, g = (side(M).trace() / M.shape[-1] for M in layer)
+    return float(_backends.namespace_of(a).max(abs(a * g)))

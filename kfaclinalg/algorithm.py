@@ -10,17 +10,22 @@ from typing import Any, NamedTuple, Protocol
 from . import _backends, _checks, _guards, _network
 from ._best_step import Matrices, Model, best_step, square_of
 from .averages import averaging_decay, moving_average
-from .curvature import STRUCTURES
 from .factors import Factors
 from .kronecker import OuterProduct
 from .options import KFACOptions
 from .quadratic import levenberg_marquardt, reduction_ratio
+from .structures import Structure, structure_of
 
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
 class Problem(Protocol):
-    """One mini-batch S' as an adapter presents it. Losses are means over examples and exclude the weight decay."""
+    """One mini-batch S' as an adapter presents it. Losses are means over examples and exclude the weight decay.
+
+    For a structure that observes them ("eigen") it also has a method `squared_gradients(bases)`, called after
+    `factors`: on the same S1 and targets, for the `KroneckerBasis` of each layer the means of (K_Bᵀ ∇W K_A)² over the
+    examples, ∇W being the gradient of one; None for a layer without a basis.
+    """
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:
         """h and ∇h, shaped like the weights; each layer's an array or, for F̆ and without weight decay, where
@@ -47,6 +52,7 @@ class KFACState(NamedTuple):
     update: Matrices | None = None  # δ0
     curvature_fraction: float = 1.0  # τ2 of the next problem
     ceiling: float = math.inf  # what refused steps may raise λ to
+    fitted: Any = None  # what the inverse is made of, where that changes between refreshes
 
 
 class StepInfo(NamedTuple):
@@ -98,10 +104,16 @@ def kfac_step(
     if eta:
         # η W is of full rank: to precondition it by itself would cost as much as the whole, so nothing stays factored.
         gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
-    statistics = problem.factors(weights, options.structure == "block-tridiagonal")
-    factors = moving_average(state.factors, statistics, decay=averaging_decay(k, maximum=options.averaging_maximum))
+    structure = structure_of(options.structure, options.pi_norm)
+    epsilon = averaging_decay(k, maximum=options.averaging_maximum)
+    statistics = problem.factors(weights, structure.linked)
+    factors = moving_average(state.factors, statistics, decay=epsilon)
     refreshed = k % options.inverse_period == 0 or k <= 3
-    inverses = _inverses(k, factors, state, options) if refreshed else {state.gamma: state.inverse}
+    fitted = structure.fitted(factors, state.fitted) if refreshed else state.fitted
+    if structure.observes:
+        fitted = structure.observed(fitted, _squared_gradients(problem, fitted), decay=epsilon)
+    renewed = refreshed or structure.observes
+    inverses = _inverses(k, structure, fitted, state, options) if renewed else {state.gamma: state.inverse}
     last = () if state.update is None else (state.update,)
     candidates = {gamma: (P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses.items()}
     model = Model(partial(problem.curvature_gram, weights), dense, state.damping + eta)
@@ -131,7 +143,8 @@ def kfac_step(
         return weights, _more_damped(state, options, info, statistics), no_step
     update = step.update if options.momentum == "quadratic-model" else None
     ceiling = _guards.RISE * damping
-    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2, ceiling), info
+    kept = fitted if structure.observes else None
+    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2, ceiling, kept), info
 
 
 def _start(options: KFACOptions) -> KFACState:
@@ -141,15 +154,21 @@ def _start(options: KFACOptions) -> KFACState:
     return first._replace(curvature_fraction=options.curvature_fraction)
 
 
-def _inverses(k: int, factors: Factors, state: KFACState, options: KFACOptions) -> dict[float, Any]:
+def _inverses(k: int, structure: Structure, fitted: Any, state: KFACState, options: KFACOptions) -> dict[float, Any]:
     """The inverse for γ and, every T2 iterations, for ω2 γ and γ/ω2 (Section 6.6).
 
     γ >= √η is a guard beyond the paper, whose rule may follow the noise of τ2 < 1 down to where a step blows up.
     """
     gamma, omega2 = state.gamma, options.omega2
     gammas = [gamma, omega2 * gamma, gamma / omega2] if k % options.gamma_period == 0 else [gamma]
-    inverse = partial(STRUCTURES[options.structure], factors, norm=options.pi_norm)
-    return {gamma: inverse(gamma) for gamma in (max(g, math.sqrt(options.weight_decay)) for g in gammas)}
+    floor = math.sqrt(options.weight_decay)
+    return {gamma: structure.inverse(fitted, gamma) for gamma in (max(g, floor) for g in gammas)}
+
+
+def _squared_gradients(problem: Any, bases: Any) -> Any:
+    if not callable(getattr(problem, "squared_gradients", None)):
+        raise TypeError(f"problem is a {type(problem).__name__}, expected one with a method squared_gradients")
+    return problem.squared_gradients(bases)
 
 
 def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo, statistics: Factors) -> KFACState:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import Any
 
 from . import _backends, _checks, _moments
 from ._backends import Array, ArrayT, Scalar, Scalars
+from .diagonal import Diagonal
 from .factors import Factors, LayerFactors, Link, batch_factors
 
 
@@ -55,11 +57,12 @@ def update_factors(
 def moving_average(old: Factors | None, new: Factors, /, *, decay: Scalar) -> Factors:
     """decay * old + (1 - decay) * new, for every factor and link; `new` itself where there is no `old` (Section 5).
 
-    decay is a number, or a 0-d array of any floating-point dtype, whose value is not looked at. 3 flops an entry.
+    decay is a number, or a 0-d array of any floating-point dtype, whose value is not looked at. 3 flops an entry. The
+    average of a `Diagonal` is one.
 
     Raises:
-        TypeError, ValueError: decay is outside [0, 1]; old or new holds something else than float32 or float64 arrays,
-            or they differ in the number of layers or links, a shape, dtype, namespace or device.
+        TypeError, ValueError: decay is outside [0, 1]; old or new holds something else than float32 or float64 arrays
+            and `Diagonal`s, or they differ in the number of layers or links, a shape, dtype, namespace or device.
 
     >>> import numpy as np
     >>> one, two = (Factors((LayerFactors(np.full((1, 1), x), np.full((1, 1), x)),)) for x in (1.0, 2.0))
@@ -100,8 +103,12 @@ def averaging_decay(iteration: Scalars, /, *, maximum: float = 0.95) -> Scalars:
     return _backends.namespace_of(k).where(epsilon < bound, epsilon, bound)
 
 
-def _mix(old: tuple[Array, ...], new: tuple[Array, ...], decay: Scalar) -> Iterator[Array]:
-    return (decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
+def _mix(old: tuple[Any, ...], new: tuple[Any, ...], decay: Scalar) -> Iterator[Any]:
+    for x, y in zip(old, new, strict=True):
+        if isinstance(x, Diagonal):
+            yield Diagonal(decay * x.d + (1 - decay) * y.d)
+        else:
+            yield decay * x + (1 - decay) * y
 
 
 def _arrays(name: str, factors: Factors) -> dict[str, Array]:
@@ -112,7 +119,8 @@ def _arrays(name: str, factors: Factors) -> dict[str, Array]:
         pairs = getattr(factors, kind)
         for i, pair in enumerate(() if pairs == () else _checks.items(f"{name}.{kind}", pairs)):
             at = f"{name}.{kind}[{i}]"
-            found |= {f"{at}.{side}": M for side, M in zip("AG", _checks.items(at, pair, 2), strict=True)}
+            sides = zip("AG", _checks.items(at, pair, 2), strict=True)
+            found |= {f"{at}.{side}": M.d if isinstance(M, Diagonal) else M for side, M in sides}
     if not found:
         raise ValueError(f"{name} has neither layers nor links")
     return found

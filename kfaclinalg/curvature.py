@@ -170,6 +170,3 @@ def _shift(layer: LayerFactors, damping: Scalar) -> Scalar:
 def _pairs(of_sides: Sequence[T]) -> Iterator[tuple[T, T]]:
     """What belongs to the A and to the G of each layer."""
     return zip(of_sides[::2], of_sides[1::2], strict=True)
-
-
-STRUCTURES: dict[str, Any] = {"block-diagonal": block_diagonal_inverse, "block-tridiagonal": block_tridiagonal_inverse}

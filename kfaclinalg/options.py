@@ -6,8 +6,8 @@ import math
 from typing import Any, NamedTuple
 
 from . import _checks
-from .curvature import STRUCTURES
 from .damping import NORMS
+from .structures import structure_of
 
 MOMENTA = ("quadratic-model", "none")
 
@@ -19,7 +19,7 @@ class KFACOptions(NamedTuple):
     0.25
     """
 
-    structure: str = "block-diagonal"  # F̆ (4.2), or "block-tridiagonal", F̂ (4.3)
+    structure: Any = "block-diagonal"  # F̆ (4.2), "block-tridiagonal", F̂ (4.3), "eigen" (EKFAC), or a `Structure`
     damping: float = 1.0  # λ at the start (6.5; the paper: 150)
     weight_decay: float = 1e-5  # η (6.1)
     momentum: str = "quadratic-model"  # (α, μ) (7), or "none": α alone (6.4)
@@ -37,8 +37,9 @@ class KFACOptions(NamedTuple):
 
     def checked(self) -> KFACOptions:
         """Itself; a TypeError or ValueError says which option is wrong and why."""
-        for name, known in (("structure", STRUCTURES), ("momentum", MOMENTA), ("pi_norm", NORMS)):
+        for name, known in (("momentum", MOMENTA), ("pi_norm", NORMS)):
             _checks.check_choice(name, getattr(self, name), known)
+        structure_of(self.structure, self.pi_norm)
         for name in ("damping", "weight_decay"):
             _checks.nonnegative(name, getattr(self, name))
         for name in ("damping_decay", "gamma_decay", "statistics_fraction", "curvature_fraction"):

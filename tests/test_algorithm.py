@@ -6,12 +6,12 @@ import torch
 from backends import JAX, NUMPY, STRICT, TORCH, TORCH_FLOAT32, Backend
 
 from kfaclinalg import (
+    Factored,
     Factors,
     KFACOptions,
     LayerFactors,
     OuterProduct,
     _best_step,
-    algorithm,
     batch_factors,
     kfac_step,
     testing,
@@ -357,14 +357,15 @@ def test_a_loss_may_live_elsewhere(elsewhere):
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_gamma_is_tried_as_it_is_smaller_and_larger(best, monkeypatch):
-    tried, inverse = [], algorithm.STRUCTURES["block-diagonal"]
-    monkeypatch.setitem(
-        algorithm.STRUCTURES,
-        "block-diagonal",
-        lambda factors, gamma, **options: tried.append(gamma) or inverse(factors, gamma, **options),
-    )
+    tried = []
+
+    class Recording(Factored):
+        def inverse(self, fitted, gamma):
+            tried.append(gamma)
+            return super().inverse(fitted, gamma)
+
     monkeypatch.setattr(_best_step, "min", lambda indices, key: best, raising=False)
-    options = KFACOptions(damping=1.0, gamma_period=1, inverse_period=1, weight_decay=0.0)
+    options = KFACOptions(Recording(), damping=1.0, gamma_period=1, inverse_period=1, weight_decay=0.0)
     _, state, _ = run(LinearRegression(NUMPY), options, 1)
     assert tried == [1.0, options.omega2, 1 / options.omega2]
     assert state.gamma == tried[best]

@@ -19,7 +19,7 @@ def test_the_defaults_are_the_contract():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("structure", "dense", "one of 'block-diagonal', 'block-tridiagonal'"),
+        ("structure", "dense", "one of 'block-diagonal', 'block-tridiagonal', 'eigen'"),
         ("momentum", True, "one of 'quadratic-model', 'none'"),
         ("pi_norm", "nuclear", "one of 'trace', 'frobenius', 'spectral'"),
         ("damping", -1.0, "a finite number >= 0"),
