@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ._patches import Convolution, Grid, grid_of, pixels_of
 
-BUFFER = 16 * 2**20  # bytes of patches that `moment` holds at once, or those of one example
+BUFFER = 16 * 2**20  # bytes of patches that `patch_moment` holds at once, or those of one example
 # MKL's float32 product of fewer than 12 columns sums its rows one by one and loses 2e-5 over 150 000: pieces lose 1e-7.
 NARROW, PIECE = 16, 4096
-# What a product of rows costs beyond its w² a row, and what a pair of kernel elements does, both in multiply-adds:
-# measured on one core (Zen 5 with MKL's AVX2 kernels).
-ROW, PAIR = 60, 2.5e6
+PANEL = 128  # rows of M, or nearly twice as many, that one product makes from the diagonal on: not what mirrors them
+# What takes time beside the multiply-adds of a product, counted in these, some 30 a nanosecond: an entry of its rows,
+# an entry of M written apart from its neighbours, and a call, of which each pair of kernel elements makes so many.
+ENTRY, APART, CALL, CALLS = 60, 150, 1e5, 14
 
 
 def patch_moment(module: Convolution, x: Tensor, bias: bool) -> Tensor:
@@ -27,42 +28,36 @@ def patch_moment(module: Convolution, x: Tensor, bias: bool) -> Tensor:
     The patches, K times the size of x, are at no time all in memory.
     """
     grid = grid_of(module, x)
-    g, c, K = module.groups, module.in_channels // module.groups, prod(grid.kernel)
-    n = c * K
-    M = x.new_empty(g, n + bias, n + bias)
-    blocks = M[:, :n, :n].unflatten(2, (c, K)).unflatten(1, (c, K))
-    if bias:
-        total = grid._replace(pixels=grid.pixels.sum(0, keepdim=True)).sums()
-        M[:, -1, :-1] = M[:, :-1, -1] = total.reshape(g, n)
-        M[:, -1, -1] = len(x) * grid.positions
+    g, K = module.groups, prod(grid.kernel)
+    n = module.in_channels // g * K
+    M = x.new_zeros(g, n + bias, n + bias)
+    M[:, n:, n:] = len(x) * grid.positions
     # The borders are lists made on the host, which would hold up an accelerator.
     if x.device.type == "cpu" and K > 1 and set(grid.stride) == {1}:
         live = pixels_of(module, torch.ones(1, 1, *x.shape[2:]))[0, ..., 0] != 0
         unseen = _unseen(grid, live)
         if _shifts_pay(grid, g, unseen):
-            _fill_by_shifts(blocks, grid, live.flatten(), unseen)
-            return M
-    _fill_by_patches(blocks, grid)
-    return M
+            _fill_by_shifts(M, grid, n, live.flatten(), unseen)
+            return _mirrored(M)
+    _fill_by_patches(M, grid, n)
+    return _mirrored(M)
 
 
-def _fill_by_patches(blocks: Tensor, grid: Grid) -> None:
-    """The blocks (g, c, K, c, K) of Σ a aᵀ, from the patches of a few examples at a time."""
-    g, c, K = blocks.shape[:3]
-    total = blocks.new_zeros(g, K * c, K * c)
-    size = max(1, BUFFER // (grid.positions * g * K * c * blocks.element_size()))
-    kernel = range(3 + grid.rank, 3 + 2 * grid.rank)
-    order = (1 + grid.rank, *kernel, 2 + grid.rank, *range(1 + grid.rank))  # (g, *kernel, c, N, *outputs)
-    for pixels in grid.pixels.split(size):
+def _fill_by_patches(M: Tensor, grid: Grid, n: int) -> None:
+    """M, on and above its diagonal, from the patches of a few examples at a time."""
+    g, r, width = len(M), grid.rank, _width(n)
+    products, sums = M[:, :n, :n], M[:, :n, n:]
+    order = (*range(1 + r, 3 + 2 * r), *range(1 + r))  # (g, c, *kernel, N, *outputs)
+    for pixels in grid.pixels.split(max(1, BUFFER // (grid.positions * g * n * M.element_size()))):
         windows = grid._replace(pixels=pixels).windows(g)
-        if pixels.stride(-1) == 1:  # channels last in memory too: a 1x1 kernel is not copied
-            a = windows.movedim(2 + grid.rank, -1).reshape(-1, g, K * c).permute(1, 2, 0)
+        if prod(grid.kernel) == 1 and pixels.stride(-1) == 1:  # channels last in memory: not copied
+            a = windows.reshape(-1, g, n).permute(1, 2, 0)
         else:
-            a = windows.permute(order).reshape(g, K * c, -1)
-        _add_product(total, a, a)
-    parts = total.view(g, K, c, K, c)
-    for p, q in combinations_with_replacement(range(K), 2):
-        _place(blocks, p, q, parts[:, p, :, q])
+            a = windows.permute(order).reshape(g, n, -1)
+        for i in range(0, n, width):
+            _add_product(products[:, i : i + width, i:], a[:, i : i + width], a[:, i:])
+        if sums.numel():
+            sums.add_(a.sum(-1, keepdim=True))
 
 
 def _unseen(grid: Grid, live: Tensor) -> Tensor:
@@ -76,35 +71,38 @@ def _unseen(grid: Grid, live: Tensor) -> Tensor:
 
 def _shifts_pay(grid: Grid, g: int, unseen: Tensor) -> bool:
     """Whether the products of `_fill_by_shifts`, w = c wide, cost less than that of the patches, w = K c."""
-    N, C, K = len(grid.pixels), grid.pixels.shape[-1], prod(grid.kernel)
+    (N, *_, C), K = grid.pixels.shape, prod(grid.kernel)
+    n = C // g * K
     shifts = (prod(2 * k - 1 for k in grid.kernel) + 1) // 2
     borders = int(unseen.sum(1) @ torch.arange(K, 0, -1))  # at most
-    narrow = (shifts * prod(grid.extent) + borders) * C * (C // g + ROW)
-    wide = grid.positions * K * C * (K * C // g + ROW)
-    return N * narrow + PAIR * K * (K + 1) / 2 < N * wide
+    narrow = (shifts * prod(grid.extent) + borders) * C * (C // g + ENTRY)
+    wide = grid.positions * K * C * ((n + _width(n)) / 2 + ENTRY)
+    return N * narrow + APART * n**2 * g + CALL * CALLS * K * (K + 1) / 2 < N * wide
 
 
-def _fill_by_shifts(blocks: Tensor, grid: Grid, live: Tensor, unseen: Tensor) -> None:
-    """The same at stride 1 from products of the image with itself, shifted: 13 of them for 3x3 instead of 81.
+def _fill_by_shifts(M: Tensor, grid: Grid, n: int, live: Tensor, unseen: Tensor) -> None:
+    """All of M at stride 1 from products of the image with itself, shifted: 13 of them for 3x3 instead of 81.
 
     Block (p, q) is Σ X[t]ᵀ X[t + f] over the pixels t that element p of the kernel sees, f = offset q - offset p. Over
     all pixels it depends on f alone: T_f = X[:-f]ᵀ X[f:]. What p does not see is a border, and is taken off again.
     """
-    g, c, K = blocks.shape[:3]
-    N, size = len(grid.pixels), prod(grid.extent)
+    g, K, N, size = len(M), prod(grid.kernel), len(grid.pixels), prod(grid.extent)
+    c = n // K
+    blocks = M[:, :n, :n].unflatten(2, (c, K)).unflatten(1, (c, K))
     pitch = [prod(grid.extent[i:]) for i in range(1, grid.rank + 1)]
     offsets = [sum(map(mul, step, pitch)) for step in grid.steps()]
     pairs = defaultdict(list)
     for p, q in combinations_with_replacement(range(K), 2):
         pairs[offsets[q] - offsets[p]].append((p, q))
 
-    image = blocks.new_empty(N * size + offsets[-1], g, c)
+    image = M.new_empty(N * size + offsets[-1], g, c)
     image[N * size :] = 0  # where the last X[t + f] lie
-    image[: N * size].view(grid.pixels.shape).copy_(grid.pixels)
+    pixels = image[: N * size].view(grid.pixels.shape).copy_(grid.pixels)
+    M[:, :n, n:] = grid._replace(pixels=pixels.sum(0, keepdim=True)).sums().reshape(g, n, 1)
     for f, same in pairs.items():
         X, Y = image[: N * size], image[f : f + N * size]
         met = live.roll(-f)  # past the end of an example lies the next
-        T = blocks.new_zeros(g, c, c)
+        T = M.new_zeros(g, c, c)
         if bool((live & met).any()):
             _add_product(T, X.permute(1, 2, 0), Y.permute(1, 2, 0))
         for p, q in same:
@@ -113,7 +111,8 @@ def _fill_by_shifts(blocks: Tensor, grid: Grid, live: Tensor, unseen: Tensor) ->
             if len(border):
                 left, right = (Z.unflatten(0, (N, size)).index_select(1, border).flatten(0, 1) for Z in (X, Y))
                 _add_product(block, left.permute(1, 2, 0), right.permute(1, 2, 0), -1)
-            _place(blocks, p, q, block)
+            blocks[:, :, p, :, q] = block
+            blocks[:, :, q, :, p] = block.mT
 
 
 def _add_product(total: Tensor, X: Tensor, Y: Tensor, scale: int = 1) -> None:
@@ -125,8 +124,17 @@ def _add_product(total: Tensor, X: Tensor, Y: Tensor, scale: int = 1) -> None:
         total.add_(x @ y.mT, alpha=scale)
 
 
-def _place(blocks: Tensor, p: int, q: int, block: Tensor) -> None:
-    if p == q:
-        block = (block + block.mT) / 2
-    blocks[:, :, p, :, q] = block
-    blocks[:, :, q, :, p] = block.mT
+def _mirrored(M: Tensor) -> Tensor:
+    """M, from what it holds on and above its diagonal."""
+    width = _width(M.shape[-1])
+    for i in range(0, M.shape[-1], width):
+        j = i + width
+        square = M[:, i:j, i:j].triu()
+        M[:, i:j, i:j] = square + square.triu(1).mT
+        M[:, j:, i:j] = M[:, i:j, j:].mT
+    return M
+
+
+def _width(n: int) -> int:
+    """Rows of a panel, of n: about as many in each, so that the last is not narrow."""
+    return -(-n // max(1, n // PANEL))

@@ -223,6 +223,60 @@ def test_float32_sums_of_many_narrow_rows_lose_a_few_eps(C, kernel, groups, shif
     close(patch_moment(module, x, bias=True).double(), expected, rtol=10 * torch.finfo(torch.float32).eps)
 
 
+@every_bias
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((4, 3), {"stride": (4, 3)}),
+        ((4, 3), {"stride": (4, 3), "padding": (2, 1)}),
+        ((2, 3), {"stride": (5, 4)}),
+        ((2, 3), {"stride": (4, 6), "dilation": (3, 2), "padding": (1, 2)}),
+    ],
+    ids=["stride of the kernel", "padding", "stride over kernel", "dilation"],
+)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_patches_that_do_not_overlap_agree_with_unfold(kernel, options, groups, bias):
+    """Integers: exactly."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(6, 3, kernel, groups=groups, bias=bias, **options)
+    x = torch.randint(-9, 10, (3, 6, 17, 14), dtype=torch.float64)
+    a = functional.unfold(x, kernel, **options).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+    if bias:
+        a = functional.pad(a, (0, 1), value=1.0)
+    assert torch.equal(patch_moment(module, x, bias), moment_of(a))
+
+
+@every_bias
+@by_shifts
+@pytest.mark.parametrize("panel", [1, 4, 5, 128])
+def test_a_moment_of_several_panels_is_whole(panel, shifts, bias, monkeypatch):
+    choose(monkeypatch, shifts)
+    monkeypatch.setattr(module_under_test, "PANEL", panel)
+    module = nn.Conv2d(32, 1, 3, padding=1)
+    x = torch.randint(-9, 10, (2, 32, 5, 4), dtype=torch.float64)
+    assert torch.equal(patch_moment(module, x, bias), moment_of(patches(module, x, bias)))
+
+
+class Calls(TorchDispatchMode):
+    """How many operations torch was asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(16, 16), (16, 8), (7, 2)])
+def test_the_calls_do_not_grow_with_the_pairs_of_kernel_elements(kernel, stride):
+    counts = []
+    for k, s in ((2, 2), (kernel, stride)):
+        with Calls() as calls:
+            patch_moment(nn.Conv2d(1, 2, k, stride=s), torch.zeros(2, 1, 32, 32), bias=True)
+        counts.append(calls.count)
+    assert counts[1] <= counts[0] + 40
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest storage that was made."""
 
