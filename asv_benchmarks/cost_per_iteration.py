@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kfaclinalg import KFACOptions, OuterProduct, block_diagonal_inverse, inner_products, moving_average
+from kfaclinalg import OuterProduct, block_diagonal_inverse, inner_products, moving_average
 from kfaclinalg_torch import KFAC, Gaussian
-from kfaclinalg_torch._layers import trained_layers
-from kfaclinalg_torch._problem import Batch, NetworkProblem
+from kfaclinalg_torch._batch import Batch
 
 OUTPUT = Path(__file__).parents[1] / "docs/_static/performance/cost_per_iteration.md"
 PERIODS = (1, 5, 20, 100)  # T3
@@ -91,10 +90,9 @@ def sgd_step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callab
 def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
     """The tasks of `kfac_step`, as it calls them, and what they are compared with: "sgd" and "product"."""
     model, x, y = network(l, d, m)
-    options = KFACOptions(weight_decay=0.0, generator=torch.Generator().manual_seed(0))
-    layers = trained_layers(model)
-    problem = NetworkProblem(model, layers, Gaussian(), Batch(x, y), options)
-    weights = tuple(layer.matrix() for layer in layers)
+    optimizer = KFAC(model, "gaussian", weight_decay=0.0, generator=torch.Generator().manual_seed(0))
+    problem = optimizer._problem(Batch(x, y), optimizer._capture(), optimizer.options)
+    weights = optimizer._network.weights()
 
     def gradient() -> tuple[Any, Any]:
         _, found = problem.loss_and_gradient(weights)
@@ -108,8 +106,8 @@ def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
     def update() -> None:
         inner_products([Delta, last], [Delta, last]), inner_products([Delta, last], [dense])
         step = [0.5 * U + 0.5 * V for U, V in zip(Delta, last, strict=True)]
-        for layer, delta in zip(layers, step, strict=True):
-            layer.assign(layer.matrix() + 0.0 * delta)
+        moved = zip(optimizer._network.weights(), step, strict=True)
+        optimizer._network.assign(tuple(W + 0.0 * delta for W, delta in moved))
 
     found = {
         "sgd": sgd_step(*network(l, d, m)),

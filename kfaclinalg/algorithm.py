@@ -14,7 +14,7 @@ from .factors import Factors
 from .kronecker import OuterProduct
 from .options import KFACOptions
 from .quadratic import levenberg_marquardt, reduction_ratio
-from .structures import Structure, structure_of
+from .structures import Structure
 
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
@@ -104,7 +104,7 @@ def kfac_step(
     if eta:
         # η W is of full rank: to precondition it by itself would cost as much as the whole, so nothing stays factored.
         gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
-    structure = structure_of(options.structure, options.pi_norm)
+    structure = options.structure_value
     epsilon = averaging_decay(k, maximum=options.averaging_maximum)
     statistics = problem.factors(weights, structure.linked)
     factors = moving_average(state.factors, statistics, decay=epsilon)

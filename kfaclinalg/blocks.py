@@ -88,7 +88,7 @@ class BlockTridiagonalInverse(Value):
     Ξ has I on its diagonal and -Ψ_{i,i+1} = -Ψ^A_i ⊗ Ψ^G_i beside it; Λ = diag(Σ_{1|2}⁻¹, ..., Σ_{l-1|l}⁻¹, Σ_l⁻¹).
 
     Args:
-        Psi_A, Psi_G: l - 1 arrays (..., n_i, n_{i+1}) and (..., m_i, m_{i+1}).
+        Psi_A, Psi_G: l - 1 arrays (..., n_i, n_{i+1}) and (..., m_i, m_{i+1}); fewer, where only the first are linked.
         Lambda: l operators, the blocks of Λ.
 
     >>> import numpy as np
@@ -108,7 +108,7 @@ class BlockTridiagonalInverse(Value):
         for name in ("Psi_A", "Psi_G", "Lambda"):
             _checks.check_class(name, getattr(self, name), tuple)
         _check_operators("Lambda", self.Lambda)
-        if not len(self.Psi_A) == len(self.Psi_G) == len(self.Lambda) - 1:
+        if not len(self.Psi_A) == len(self.Psi_G) < len(self.Lambda):
             counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
         b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
@@ -125,13 +125,14 @@ class BlockTridiagonalInverse(Value):
         b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
         Vs = _checks.items("Vs", Vs, len(self.Lambda))
         Xs = [_backends.operand(b, at, V, block.shape) for at, block, V in _matched(self.Lambda, Vs)]
-        batches = {f"Vs[{i}]": tuple(V.shape[:-2]) for i, V in enumerate(Vs)}
+        chain = len(self.Psi_A) + 1
+        batches = {f"Vs[{i}]": tuple(V.shape[:-2]) for i, V in enumerate(Vs[:chain])}
         _checks.check_batches(**batches, **{f"Psi_A[{i}]": tuple(M.shape[:-2]) for i, M in enumerate(self.Psi_A)})
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
         Us = [X - product(G, above, A.mT) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]  # Ξ
-        Us = [_applied(block, U) for block, U in zip(self.Lambda, [*Us, Xs[-1]], strict=True)]  # Λ
+        Us = [_applied(block, U) for block, U in zip(self.Lambda, [*Us, *Xs[chain - 1 :]], strict=True)]  # Λ
         Ws = [U - product(G.mT, below, A) for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]  # Ξᵀ
-        return tuple(_backends.narrowed(W, V.dtype) for W, V in zip([Us[0], *Ws], Vs, strict=True))
+        return tuple(_backends.narrowed(W, V.dtype) for W, V in zip([Us[0], *Ws, *Us[chain:]], Vs, strict=True))
 
     __matmul__ = apply
 

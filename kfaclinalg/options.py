@@ -39,7 +39,7 @@ class KFACOptions(NamedTuple):
         """Itself; a TypeError or ValueError says which option is wrong and why."""
         for name, known in (("momentum", MOMENTA), ("pi_norm", NORMS)):
             _checks.check_choice(name, getattr(self, name), known)
-        structure_of(self.structure, self.pi_norm)
+        _ = self.structure_value
         for name in ("damping", "weight_decay"):
             _checks.nonnegative(name, getattr(self, name))
         for name in ("damping_decay", "gamma_decay", "statistics_fraction", "curvature_fraction"):
@@ -54,6 +54,11 @@ class KFACOptions(NamedTuple):
                 f"inverse_period is {self.inverse_period}, expected a divisor of gamma_period = {self.gamma_period}"
             )
         return self
+
+    @property
+    def structure_value(self) -> Any:
+        """The `Structure` that a short form stands for."""
+        return structure_of(self.structure, self.pi_norm)
 
     @property
     def omega1(self) -> float:

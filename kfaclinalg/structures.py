@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from . import _checks, _network
 from ._backends import Scalar
-from .blocks import BlockDiagonal
+from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .curvature import block_diagonal_inverse, block_tridiagonal_inverse, low_rank_inverse
 from .damping import NORMS
 from .factors import Factors, LayerFactors
@@ -75,8 +75,14 @@ class Tridiagonal(_Plain):
     def __post_init__(self) -> None:
         _checks.check_choice("norm", self.norm, NORMS)
 
-    def inverse(self, fitted: Factors, gamma: Scalar, /) -> Any:
-        return block_tridiagonal_inverse(fitted, gamma, norm=self.norm)
+    def inverse(self, fitted: Factors, gamma: Scalar, /) -> BlockTridiagonalInverse:
+        """Of the layers that the links join, the first ones; the others are block-diagonal beside them."""
+        length = len(fitted.links) + 1
+        chain = block_tridiagonal_inverse(fitted._replace(layers=fitted.layers[:length]), gamma, norm=self.norm)
+        if length == len(fitted.layers):
+            return chain
+        others = block_diagonal_inverse(Factors(fitted.layers[length:]), gamma, norm=self.norm)
+        return BlockTridiagonalInverse(chain.Psi_A, chain.Psi_G, (*chain.Lambda, *others.blocks))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,36 @@
-"""K-FAC for PyTorch: the optimizer `KFAC`, and what collects the statistics of a model for it."""
+"""K-FAC for PyTorch: the optimizer `KFAC`, and what collects the statistics of a model for it.
 
+Read in this order: `_table` and `_discovery` (which layers a model has), `_blocks` (what a pass says about the weights
+of one), `_capture` (how that is seen), `_statistics` and `_estimate` (A and G), `_inverses`, and the two users,
+`_optimizer` and `_preconditioner`.
+"""
+
+from ._blocks import Block, Dense, Rows
+from ._embedding import Embedding
+from ._estimators import Empirical, ExactFisher, Sampled
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ._linear import Bilinear, Linear
+from ._normalisation import Scale
 from ._optimizer import KFAC
 from ._preconditioner import KFACPreconditioner
+from ._table import Rule
 
-__all__ = ["KFAC", "KFACPreconditioner", "Bernoulli", "Categorical", "Gaussian", "Likelihood"]
+__all__ = [
+    "KFAC",
+    "KFACPreconditioner",
+    "Rule",
+    "Block",
+    "Rows",
+    "Dense",
+    "Linear",
+    "Bilinear",
+    "Embedding",
+    "Scale",
+    "Sampled",
+    "ExactFisher",
+    "Empirical",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._modules import Linear
+from ._linear import Linear
+
+MAPS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def reason(module: nn.MultiheadAttention) -> str:
@@ -23,7 +25,7 @@ def reason(module: nn.MultiheadAttention) -> str:
 def projections(name: str, module: nn.MultiheadAttention) -> Iterator[Linear]:
     """The query's, key's and value's, parts of one packed weight, and the output's."""
     E = module.embed_dim
-    for i, which in enumerate(("q_proj", "k_proj", "v_proj")):
+    for i, which in enumerate(MAPS[:3]):
         part = slice(i * E, (i + 1) * E)
         yield Linear(f"{name}.{which}".lstrip("."), module.in_proj_weight, module.in_proj_bias, part)
     yield Linear(f"{name}.out_proj".lstrip("."), module.out_proj.weight, module.out_proj.bias)
@@ -31,7 +33,7 @@ def projections(name: str, module: nn.MultiheadAttention) -> Iterator[Linear]:
 
 def forward(
     module: nn.MultiheadAttention,
-    project: Callable[[int, Tensor], Tensor],
+    see: Callable[[str, Tensor, Tensor, None], None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,7 +43,17 @@ def forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the module's own forward returns, its linear maps taken by `project(i, x)`, the batch first."""
+    """What the module's own forward returns, after one `see(map, inputs, outputs, None)` a map, the batch first."""
+
+    def project(i: int, x: Tensor) -> Tensor:
+        W = module.in_proj_weight if i < 3 else module.out_proj.weight
+        b = module.in_proj_bias if i < 3 else module.out_proj.bias
+        part = slice(i * module.embed_dim, (i + 1) * module.embed_dim) if i < 3 else slice(None)
+        # the layout of the module's own outputs, on which the numbers of a later dropout depend
+        y = functional.linear(x.transpose(0, 1), W[part], None if b is None else b[part]).transpose(0, 1)
+        see(MAPS[i], x, y, None)
+        return y
+
     if is_causal and attn_mask is None:
         raise ValueError("is_causal is a hint about attn_mask, which is None")
     batched = query.ndim == 3

@@ -1,83 +1,79 @@
-"""The block-tridiagonal inverse of a chain of linear layers."""
+"""The block-tridiagonal inverse of a chain of layers, and those of the layers beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfaclinalg import BlockTridiagonalInverse, Factors, Link, block_tridiagonal_inverse
+from kfaclinalg import BlockTridiagonalInverse, Factored, Factors, Link, Tridiagonal
 
 from ._checkpoint import check
-from ._discovery import Layer
-from ._inverses import LADDER, Factored, Inverses, are_finite, cast, factored
-from ._modules import Block, Linear
-from ._statistics import Statistic, over_processes
+from ._inverses import LADDER, Averaged, Inverses, are_finite, cast
+from ._layer import Layer
+from ._links import chained, cross_moments
+from ._statistics import Statistic
+
+CHAIN = "the chain"
 
 
 class ChainInverse(Inverses):
-    """Ξᵀ Λ Ξ (Section 4.3) of layers that follow each other as they stand in the model, all of it in one step."""
+    """Ξᵀ Λ Ξ (Section 4.3) of the layers that follow each other as they stand in the model, all of it in one step.
+
+    What can have no neighbours, normalisations, embeddings, tied and grouped weights, is block-diagonal beside it.
+    """
 
     keeps_uses = True
 
-    def __init__(self, norm: str, layers: Sequence[Layer]) -> None:
-        super().__init__(partial(factored, norm=norm))
-        self.norm, self.blocks = norm, [layer.dense for layer in layers if isinstance(layer.dense, Linear)]
-        if odd := [layer.name for layer in layers if not isinstance(layer.dense, Linear)]:
-            raise ValueError(
-                f"structure 'block-tridiagonal' takes a chain of Linear layers, got {', '.join(odd)} as well"
-            )
+    def __init__(self, structure: Tridiagonal, layers: Sequence[Layer]) -> None:
+        super().__init__(Factored(structure.norm), layers)
+        self.whole, self.chain = structure, chained(layers)
 
     def links(self, statistic: Statistic, scale: float) -> tuple[Link, ...]:
-        return cross_moments(statistic, self.blocks, scale)
+        return cross_moments(statistic, self.chain, scale)
 
-    def refresh(self, step: int, period: int, damping: float, factors: Factored) -> None:
-        if factors.layers and (step % period == 0 or "chain" not in self.inverses):
-            layers = tuple(factors.layers.values())
-            self._keep("chain", self._whole(Factors(layers, factors.links), damping), *layers)
+    def refresh(self, step: int, period: int, damping: float, factors: Averaged) -> None:
+        names = [layer.name for layer in self.chain]
+        linked = [factors.layers[name] for name in names if name in factors.layers]
+        complete = len(linked) == len(names) and len(factors.links) == len(names) - 1 and names
+        beside = {name: M for name, M in factors.layers.items() if not (complete and name in names)}
+        super().refresh(step, period, damping, Averaged(beside, ()))
+        if complete and (step % period == 0 or CHAIN not in self.inverses):
+            made = self._whole(Factors(tuple(linked), factors.links), damping)
+            self._keep(CHAIN, None if made is None else (None, made), *linked)
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        named, chain = dict(Vs), self.inverses.get("chain")
-        Us = named.values() if chain is None else chain.apply(tuple(named.values()))
-        yield from zip(named, Us, strict=True)
+        named, chain = dict(Vs), self.inverses.get(CHAIN)
+        if chain is not None:
+            # what has no gradient in this step takes none from its neighbours, and gives them none
+            linked = {layer.name: named.pop(layer.name, None) for layer in self.chain}
+            shapes = (K.shape for K in chain.Lambda)
+            like = chain.Lambda[-1].diagonal()
+            Us = chain.apply(
+                tuple(like.new_zeros(s) if V is None else V for V, s in zip(linked.values(), shapes, strict=True))
+            )
+            yield from ((name, U) for (name, V), U in zip(linked.items(), Us, strict=True) if V is not None)
+        yield from super().apply(named.items())
 
     def _check_one(self, name: str, inverse: Any, weights: Mapping[str, Tensor]) -> None:
-        check(name == "chain" and isinstance(inverse, BlockTridiagonalInverse), f"{name!r} is no inverse of a chain")
-        came, expected = [K.shape for K in inverse.Lambda], [tuple(W.shape) for W in weights.values()]
+        if name != CHAIN:
+            super()._check_one(name, inverse, weights)
+            return
+        check(isinstance(inverse, BlockTridiagonalInverse), "the inverse of the chain is none")
+        came, expected = [K.shape for K in inverse.Lambda], [tuple(weights[layer.name].shape) for layer in self.chain]
         check(came == expected, f"its inverse is of layers with shapes {came}, expected {expected}")
 
     def _whole(self, factors: Factors, damping: float) -> Any | None:
         for dtype, times in ((None, 1), *((torch.float64, times) for times in LADDER)):
             wide = factors if dtype is None else _cast(factors, dtype)
-            inverse: Any = block_tridiagonal_inverse(wide, (times * damping) ** 0.5, norm=self.norm)
+            inverse: Any = self.whole.inverse(wide, (times * damping) ** 0.5)
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
             if all(are_finite(inverse.apply(ones))):
                 return inverse
         return None
-
-
-def cross_moments(statistic: Statistic, blocks: Sequence[Linear], scale: float) -> tuple[Link, ...]:
-    """E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] of neighbouring layers.
-
-    Raises:
-        ValueError: a pass does not use each layer once, or not on inputs (N, features).
-    """
-    sums: list[list[Any]] = [[0.0, 0.0] for _ in blocks[1:]]
-    for (_, draw), uses in statistic.uses.items():
-        rows: dict[Block, Any] = {use.block: use.pair(g, statistic.dtype) for use, g in uses}
-        if len(uses) != len(blocks) or any(use.inputs.shape[:-1] != (use.of.examples,) for use, _ in uses):
-            raise ValueError("structure 'block-tridiagonal' needs each layer once a pass, on inputs (N, features)")
-        ordered = [(block.inputs(x, len(x))[:, 0], g) for block in blocks for x, g in [rows[block]]]
-        for total, ((a, g), (a_next, g_next)) in zip(sums, pairwise(ordered), strict=True):
-            total[0] = total[0] + a.mT @ a_next if draw == 0 else total[0]
-            total[1] = total[1] + scale**2 * (g.mT @ g_next)
-    moments, (N,) = over_processes([M for pair in sums for M in pair], [statistic.examples])
-    return tuple(Link(A / N, G / N) for A, G in zip(moments[::2], moments[1::2], strict=True))
 
 
 def _cast(factors: Factors, dtype: torch.dtype) -> Factors:

@@ -25,6 +25,9 @@ from kfaclinalg import (
     LowRankPlusDiagonal,
 )
 
+from ._layer import Layer
+from ._links import chained
+
 KINDS = {
     kind.__name__: kind
     for kind in (
@@ -69,6 +72,35 @@ def check_keys(state: Any, names: Iterable[str]) -> None:
     check(found == expected, f"got {found}, expected {expected}")
 
 
+def made(structure: Any, estimator: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What a state was made with."""
+    shapes = {layer.name: list(layer.matrix(torch.detach).shape) for layer in layers}
+    return {"structure": repr(structure), "estimator": repr(estimator), "layers": shapes}
+
+
+def check_made(came: Any, expected: dict[str, Any]) -> None:
+    """A ValueError names what a state was made with and what it should have been."""
+    check_keys(came, expected)
+    check(isinstance(came["structure"], str) and isinstance(came["estimator"], str), "it does not say what made it")
+    for name in ("structure", "estimator"):
+        if came[name] != expected[name]:
+            raise ValueError(f"the state was made with {name} {came[name]}, expected {expected[name]}")
+    shapes = came["layers"].values() if isinstance(came["layers"], dict) else [None]
+    named = all(isinstance(shape, list) and all(isinstance(n, int) for n in shape) for shape in shapes)
+    check(named, "it does not name its layers")
+    if came["layers"] != expected["layers"]:
+        here, there = (
+            {name: one["layers"][name] for name in one["layers"] if one["layers"][name] != other["layers"].get(name)}
+            for one, other in ((expected, came), (came, expected))
+        )
+        raise ValueError(f"the state was made with layers {there or 'none'}, expected {here or 'none'}")
+
+
+def check_gone(gone: Any) -> None:
+    """By the names of layers the reason why they are none."""
+    check(isinstance(gone, dict) and all(isinstance(why, str) for why in gone.values()), "it names no layers as none")
+
+
 def check_generator(generator: torch.Generator, state: Any) -> None:
     """A state that it would take."""
     try:
@@ -95,38 +127,49 @@ def unpacked(value: Any, like: Tensor) -> Any:
     return value.to(like, copy=True) if isinstance(value, Tensor) else value
 
 
-def check_run(state: Any, shapes: Sequence[tuple[int, int]], structure: str) -> None:
-    """A `KFACState` of layers with weights of these shapes."""
+def check_run(state: Any, layers: Sequence[Layer], structure: Any) -> None:
+    """A `KFACState` of these layers."""
     check(isinstance(state, KFACState), "no KFACState")
     check(isinstance(state.iteration, int) and is_number(state.iteration), f"iteration is {state.iteration!r}")
     for name, high in (("damping", LARGEST), ("gamma", LARGEST), ("curvature_fraction", 1.0), ("ceiling", math.inf)):
         check(is_number(getattr(state, name), 0.0, high), f"{name} is {getattr(state, name)!r}")
+    shapes = [tuple(layer.matrix(torch.detach).shape) for layer in layers]
     started = state.factors is not None
     check(started == (state.inverse is not None) == (state.iteration > 0), "a part of it is missing")
+    check((state.fitted is not None) == (started and structure.observes), "what its inverse is made of is missing")
     if started:
-        linked = structure == "block-tridiagonal"
-        check_factors(state.factors, shapes, linked)
-        kind = BlockTridiagonalInverse if linked else BlockDiagonal
+        check_factors(state.factors, layers)
+        links = chained(layers) if structure.linked else []
+        check_links(state.factors.links, [layer.matrix(torch.detach).shape for layer in links])
+        check(bool(state.factors.links) == (len(links) > 1), "links are missing")
+        kind, name = (BlockTridiagonalInverse, "Lambda") if structure.linked else (BlockDiagonal, "blocks")
         check(isinstance(state.inverse, kind), f"its inverse is not of structure {structure!r}")
-        blocks = getattr(state.inverse, "Lambda" if linked else "blocks")
-        found = [block.shape for block in blocks]
-        check(found == list(shapes), f"its inverse is of layers with shapes {found}, expected {list(shapes)}")
+        for blocks in (getattr(state.inverse, name), state.fitted or ()):
+            found = [tuple(b.diagonal().shape) for b in blocks if not isinstance(b, LayerFactors)]
+            expected = [s for s, b in zip(shapes, blocks, strict=False) if not isinstance(b, LayerFactors)]
+            fits = found == expected and len(blocks) in (0, len(shapes))
+            check(fits, f"its inverse is of layers with shapes {found}, expected {expected}")
     if state.update is not None:
         check(isinstance(state.update, tuple) and len(state.update) == len(shapes), "its update has other layers")
         check(all(is_matrix(U, *shape) for U, shape in zip(state.update, shapes, strict=True)), "its update differs")
 
 
-def check_factors(factors: Any, shapes: Sequence[tuple[int, int]], linked: bool) -> None:
-    """Averages of layers with weights of these shapes."""
+def check_factors(factors: Any, layers: Sequence[Layer]) -> None:
+    """Averages of these layers."""
     check(isinstance(factors, Factors) and isinstance(factors.layers, tuple), "its factors are none")
-    check(all(isinstance(layer, LayerFactors) for layer in factors.layers), "a layer of its factors is none")
-    check(all(isinstance(M, Tensor) and M.ndim == 2 for layer in factors.layers for M in layer), "A or G is no matrix")
-    found = [(G.shape[-1], A.shape[-1]) for A, G in factors.layers]
-    check(found == list(shapes), f"it is of layers with shapes {found}, expected {list(shapes)}")
-    for (m, n), (A, G) in zip(shapes, factors.layers, strict=True):
-        check(is_matrix(A, n, n) and is_matrix(G, m, m), "A or G is not square")
-    check_links(factors.links, shapes if linked else [])
-    check(bool(factors.links) == (linked and len(shapes) > 1), "links are missing")
+    check(len(factors.layers) == len(layers), f"it is of {len(factors.layers)} layers, expected {len(layers)}")
+    for layer, pair in zip(layers, factors.layers, strict=True):
+        check_moments(layer.name, pair, layer.empty_moments())
+
+
+def check_moments(name: str, pair: Any, like: Sequence[Tensor]) -> None:
+    """A and G of the layer of this name, shaped like its empty ones; a vector stands for a diagonal."""
+    check(isinstance(pair, LayerFactors), f"the moments of {name!r} are none")
+    sides = [M.d if isinstance(M, Diagonal) else M for M in pair]
+    came = [tuple(M.shape) if isinstance(M, Tensor) else type(M).__name__ for M in sides]
+    W = tuple(M.shape[-1] for M in reversed(like))
+    fits = all(is_matrix(M, *empty.shape) for M, empty in zip(sides, like, strict=True))
+    check(fits, f"{name!r} has moments of shapes {came}, expected those of W of shape {W}")
 
 
 def check_links(links: Any, shapes: Sequence[Sequence[int]]) -> None:

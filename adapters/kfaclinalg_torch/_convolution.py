@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _patches as patches
-from ._modules import LARGEST, Dense, Like
+from ._blocks import LARGEST, Dense, Like, Mask
 from ._patch_moments import patch_moment
 
 
@@ -20,6 +21,10 @@ class Convolution(Dense):
     module: patches.Convolution
     weight: Tensor
     bias: Tensor | None
+    channels_last = False
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        return (len(x), *patches.grid_of(self.module, x).outputs)
 
     @property
     def batched_ndim(self) -> int:  # type: ignore[override]
@@ -49,13 +54,17 @@ class Convolution(Dense):
         s = self._ungrouped(patches.rows(self.module, g), 2)
         return s.reshape(N, -1, *s.shape[2:])
 
-    def input_moment(self, x: Tensor, N: int) -> tuple[Tensor, int]:
+    def input_moment(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, int]:
+        if mask is not None:
+            return super().input_moment(x, N, mask)
         bias, R = self.bias is not None, patches.positions(self.module, x)
         if self.module.groups == 1 and self.weight[0].numel() + bias > LARGEST:
             return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R
         return self._ungrouped(patch_moment(self.module, x, bias), 0), len(x) * R
 
-    def pooled_inputs(self, x: Tensor, N: int) -> tuple[Tensor, int]:
+    def pooled_inputs(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, Any]:
+        if mask is not None:
+            return super().pooled_inputs(x, N, mask)
         R = patches.positions(self.module, x)
         a = self._ungrouped(patches.mean_patches(self.module, x, self.bias is not None), 1)
         return R * a.reshape(N, -1, *a.shape[1:]).sum(1), R * (len(x) // N)

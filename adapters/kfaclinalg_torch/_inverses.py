@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,46 +18,20 @@ from kfaclinalg import (
     LayerFactors,
     LinAlgError,
     Link,
-    block_diagonal_inverse,
-    low_rank_inverse,
+    Structure,
 )
 
 from ._checkpoint import check, check_keys
+from ._layer import Layer
+from ._squares import mean_squares
 from ._statistics import Statistic
 
-Build = Callable[[LayerFactors, float], Any]
 # The rungs above the factors as they are: in float64, with so many times the damping.
 LADDER = tuple(10**k for k in range(5))
 TOLERATED = 2  # failures in a row
 
 
-def factored(layer: LayerFactors, damping: float, norm: str, method: str = "explicit") -> Any:
-    """(A + π γ I)⁻¹ ⊗ (G + γ/π I)⁻¹ with γ = √damping (Section 6.3)."""
-    return block_diagonal_inverse(Factors((layer,)), damping**0.5, norm=norm, method=method).blocks[0]
-
-
-def exact(layer: LayerFactors, damping: float, norm: str) -> Any:
-    """(A ⊗ G + damping I)⁻¹ (eqn 6); factored where a side is diagonal, whose eigenvectors would be dense.
-
-    A and G are moments: what rounding leaves below zero of their eigenvalues is zero.
-    """
-    if _structured(layer):
-        return factored(layer, damping, norm)
-    F: Any = Kronecker(*layer)
-    ample = 1 + F.trace().abs().max()  # the eigenvectors are the same for every shift
-    Q = F.shifted_inverse(torch.where(torch.isfinite(ample), ample, 1.0))
-    a, g = (((M @ K) * K).sum(-2).clamp(min=0.0) for M, K in zip(layer, (Q.K_A, Q.K_B), strict=True))
-    return KroneckerBasis(Q.K_A, Q.K_B, 1 / (g[..., :, None] * a[..., None, :] + damping))
-
-
-def low_rank(layer: LayerFactors, damping: float, norm: str, rank: int) -> Any:
-    """That of rank_k(A) and rank_k(G - diag G) + diag G; factored where a side is diagonal as it is."""
-    if _structured(layer):
-        return factored(layer, damping, norm)
-    return low_rank_inverse(Factors((layer,)), damping**0.5, rank=rank, norm=norm).blocks[0]
-
-
-class Factored(NamedTuple):
+class Averaged(NamedTuple):
     """The averages, with each weight that is shared by layers once."""
 
     layers: dict[str, LayerFactors]
@@ -65,20 +39,24 @@ class Factored(NamedTuple):
 
 
 class Inverses:
-    """The inverse of each layer by itself, `build(factors, damping)`."""
+    """The inverse of each layer by itself, as a structure has it."""
 
-    keeps_uses = False  #: whether it takes more than A and G from a statistic
-
-    def __init__(self, build: Build) -> None:
-        self.build = build
+    def __init__(self, structure: Structure, layers: Sequence[Layer]) -> None:
+        self.structure, self.layers = structure, {layer.name: layer for layer in layers}
         self.inverses: dict[str, Any] = {}
+        self.fitted: dict[str, Any] = {}  # what they are made of, where that changes between refreshes
         self.failures: dict[str, int] = {}
+
+    @property
+    def keeps_uses(self) -> bool:
+        """Whether more than A and G is taken from a statistic."""
+        return self.structure.observes
 
     def links(self, statistic: Statistic, scale: float) -> tuple[Link, ...]:
         """What is averaged besides A and G."""
         return ()
 
-    def refresh(self, step: int, period: int, damping: float, factors: Factored) -> None:
+    def refresh(self, step: int, period: int, damping: float, factors: Averaged) -> None:
         """Make the inverses whose turn it is, and those that there are none of yet.
 
         Where every rung of the ladder fails the previous inverse stays.
@@ -89,13 +67,22 @@ class Inverses:
         turns = _slots(tuple(_cost(layer) for layer in factors.layers.values()), period)
         layers = zip(factors.layers.items(), turns, strict=True)
         due = {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}
-        made = [self.build(layer, damping) for layer in due.values()]
-        for (name, layer), first, sound in zip(due.items(), made, are_finite(map(_telling, made)), strict=True):
-            inverse = first if sound else self._climbed(layer, damping)
-            self._keep(name, None if inverse is None else self._finished(name, inverse, damping), layer)
+        made = [self._built(name, layer, damping) for name, layer in due.items()]
+        sound = are_finite(_telling(inverse) for _, inverse in made)
+        for (name, layer), first, is_sound in zip(due.items(), made, sound, strict=True):
+            self._keep(name, first if is_sound else self._climbed(name, layer, damping), layer)
 
-    def observe(self, statistic: Statistic, scale: float, decay: float, damping: float) -> None:
-        """Take from a statistic what needs the refreshed inverses; `scale` is that of its gradients."""
+    def observe(self, statistic: Statistic, new: Mapping[str, Any], scale: float, decay: float, damping: float) -> None:
+        """Take from a statistic what needs the refreshed inverses; `new` are its moments, by block."""
+        for name, F in list(self.fitted.items()):
+            moments = self.layers[name].factors(new)
+            if moments is None:
+                continue
+            squares = mean_squares(statistic, self.layers[name], F, moments, scale)
+            self.fitted[name], self.inverses[name] = self._inverse(
+                self.structure.observed((F,), [squares], decay=decay),  # type: ignore[attr-defined]
+                damping,
+            )
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""
@@ -107,7 +94,7 @@ class Inverses:
                 yield name, V if K is None else K @ V
 
     def state(self) -> dict[str, Any]:
-        return {"inverses": self.inverses, "failures": self.failures}
+        return {"inverses": self.inverses, "fitted": self.fitted, "failures": self.failures}
 
     def check(self, state: Any, weights: Mapping[str, Tensor]) -> None:
         """A ValueError where a state cannot be loaded, of layers with these weights."""
@@ -116,6 +103,12 @@ class Inverses:
         check(all(isinstance(n, int) for n in state["failures"].values()), "its failures are no numbers")
         for name, inverse in state["inverses"].items():
             self._check_one(name, inverse, weights)
+        fits = not self.structure.observes or state["fitted"].keys() == state["inverses"].keys()
+        check(fits, "what its inverses are made of is missing")
+        for name, F in state["fitted"].items():
+            check(isinstance(F, KroneckerBasis | LayerFactors), f"what the inverse of {name!r} is made of is none")
+            if isinstance(F, KroneckerBasis):
+                self._check_one(name, F, weights)
 
     def _check_one(self, name: str, inverse: Any, weights: Mapping[str, Tensor]) -> None:
         check(name in weights, f"{name!r} is no layer")
@@ -124,23 +117,31 @@ class Inverses:
         check(came == expected, f"{name!r} has W of shape {came}, expected {expected}")
 
     def load(self, state: dict[str, Any]) -> None:
-        self.inverses, self.failures = state["inverses"], state["failures"]
+        self.inverses, self.fitted, self.failures = state["inverses"], state["fitted"], state["failures"]
 
-    def _climbed(self, layer: LayerFactors, damping: float) -> Any | None:
-        """The first inverse above the lowest rung that is finite."""
+    def _built(self, name: str, layer: LayerFactors, damping: float) -> tuple[Any, Any]:
+        """What is fitted to a layer, and its inverse."""
+        old = (self.fitted[name],) if name in self.fitted else None
+        return self._inverse(self.structure.fitted(Factors((layer,)), old), damping)
+
+    def _inverse(self, fitted: Any, damping: float) -> tuple[Any, Any]:
+        kept = fitted[0] if self.structure.observes else None
+        return kept, self.structure.inverse(fitted, damping**0.5).blocks[0]
+
+    def _climbed(self, name: str, layer: LayerFactors, damping: float) -> tuple[Any, Any] | None:
+        """The first above the lowest rung whose inverse is finite."""
         for times in LADDER:
-            inverse = self.build(cast(layer, torch.float64), times * damping).astype(_dtype(layer))
-            if are_finite([_telling(inverse)])[0]:
-                return inverse
+            wide = self.structure.fitted(Factors((cast(layer, torch.float64),)), None)
+            found = [_as(x, _dtype(layer)) for x in self._inverse(wide, times * damping)]
+            if are_finite([_telling(found[1])])[0]:
+                return found[0], found[1]
         return None
 
-    def _finished(self, name: str, K: Any, damping: float) -> Any:
-        """What is kept of a layer's new inverse K."""
-        return K
-
-    def _keep(self, name: str, inverse: Any | None, *layers: LayerFactors) -> None:
-        if inverse is not None:
-            self.inverses[name], self.failures[name] = inverse, 0
+    def _keep(self, name: str, made: tuple[Any, Any] | None, *layers: LayerFactors) -> None:
+        if made is not None:
+            self.failures[name], self.inverses[name] = 0, made[1]
+            if self.structure.observes:
+                self.fitted[name] = made[0]
             return
         self.failures[name] = self.failures.get(name, 0) + 1
         if self.failures[name] > TOLERATED:
@@ -149,6 +150,10 @@ class Inverses:
                 f"float64 with {LADDER[-1]} times the damping: {'; '.join(map(_diagnosis, layers))}. "
                 "Likely causes: no damping at all, or inputs or gradients that grow without bound."
             )
+
+
+def _as(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None else cast(x, dtype) if isinstance(x, LayerFactors) else x.astype(dtype)
 
 
 def cast(layer: LayerFactors, dtype: torch.dtype) -> LayerFactors:
@@ -167,10 +172,6 @@ def _telling(inverse: Any) -> Tensor:
         return inverse.weights  # type: ignore[return-value]
     substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
     return inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
-
-
-def _structured(layer: LayerFactors) -> bool:
-    return any(isinstance(M, Diagonal) for M in layer)
 
 
 def _dtype(layer: LayerFactors) -> torch.dtype:

@@ -106,6 +106,46 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
+class Masked:
+    """A likelihood of the positions that count: those of a mask (N, ...), or (...) of the outputs."""
+
+    def __init__(self, likelihood: Likelihood, mask: Tensor) -> None:
+        self.likelihood, self.mask = likelihood, mask
+        self.examples = int(mask.reshape(len(mask), -1).any(1).sum())
+        if hasattr(likelihood, "fisher_root"):
+            self.fisher_root = self._fisher_root
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        if check := getattr(self.likelihood, "check", None):
+            check(outputs[self.mask], targets[self.mask])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        rows = outputs[self.mask]
+        return self.likelihood.loss(rows, targets[self.mask]) * (len(rows) / self.examples)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.likelihood.sample(outputs, generator)
+
+    def fisher_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        return self._counted(self.likelihood.fisher_product(outputs, tangents))
+
+    def _fisher_root(self, outputs: Tensor, unit: int) -> Tensor:
+        return self._counted(self.likelihood.fisher_root(outputs, unit))  # type: ignore[attr-defined]
+
+    def _counted(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - self.mask.ndim)), x, 0.0)
+
+
+def masked(likelihood: Likelihood, mask: Tensor | None, outputs: Tensor) -> Likelihood:
+    """The likelihood of the positions that count; all do where the mask is not of the outputs' positions."""
+    if mask is None:
+        return likelihood
+    if mask.ndim < outputs.ndim and mask.shape == outputs.shape[: mask.ndim]:
+        return Masked(likelihood, mask)
+    examples = mask.reshape(len(mask), -1).any(1)
+    return Masked(likelihood, examples) if examples.shape == outputs.shape[:1] else likelihood
+
+
 def likelihood_of(likelihood: str | Likelihood) -> Likelihood:
     if not isinstance(likelihood, str):
         missing = [name for name in ("loss", "sample", "fisher_product") if not hasattr(likelihood, name)]

@@ -15,9 +15,9 @@ class Once:
 
     def __init__(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
+        self.model = model
         self.devices = [device] if device.type == "cuda" else []
         self.states: dict[int, list[Tensor]] = {}
-        self.tracking = [m for m in model.modules() if m.training and getattr(m, "track_running_stats", False)]
 
     @contextmanager
     def passing(self, place: int) -> Iterator[None]:
@@ -27,7 +27,7 @@ class Once:
             yield
             return
         cpu, *others = self.states[place]
-        with torch.random.fork_rng(self.devices), _still(self.tracking):
+        with torch.random.fork_rng(self.devices), still(self.model):
             torch.set_rng_state(cpu)
             for device, state in zip(self.devices, others, strict=True):
                 torch.cuda.set_rng_state(state, device)
@@ -35,8 +35,9 @@ class Once:
 
 
 @contextmanager
-def _still(modules: list[Any]) -> Iterator[None]:
+def still(model: nn.Module) -> Iterator[None]:
     """Normalisations in training that take the batch's statistics, as they do, and keep no account of them."""
+    modules: list[Any] = [m for m in model.modules() if m.training and getattr(m, "track_running_stats", False)]
     for module in modules:
         module.track_running_stats = False
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kfaclinalg import OuterProduct
 
 from ._capture import Use
-from ._modules import Linear
+from ._linear import Linear
 
 
 def outer_gradient(block: Linear, uses: Sequence[tuple[Use, Tensor]], seed: int) -> OuterProduct | None:

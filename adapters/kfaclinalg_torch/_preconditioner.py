@@ -4,57 +4,50 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import Kronecker, LayerFactors, OuterProduct
+from kfaclinalg import Kronecker, LayerFactors
 
-from . import _estimators as estimators
-from ._averages import Averages
-from ._capture import Capture, Use
-from ._checkpoint import check, check_generator, check_keys, is_number, packed, restored
-from ._discovery import Layer, check_owners, found, owners
-from ._inverses import Factored
+from ._chain import ChainInverse
+from ._checkpoint import check, check_generator, check_gone, check_keys, check_made, is_number, made, packed, restored
+from ._discovery import FALLBACKS, found
+from ._estimate import Estimate, in_full_precision
+from ._estimators import Empirical, estimator_of
+from ._inverses import Inverses
+from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._modules import Block, Linear
+from ._linear import Linear
 from ._outer import outer_gradient
-from ._settings import Number, Period, at, check_options, check_together, inverses_of, sharing_of
-from ._statistics import Statistic, several_processes
+from ._settings import Number, Period, at, check_choice, check_numbers, dtype_of, sharing_of, structure_of
+from ._table import table_of
 
-
-def _in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and without autocast, which would take products in half precision."""
-
-    @wraps(f)
-    def wrapped(self: KFACPreconditioner, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(self._layers[0].parameters[0].device.type, enabled=False):
-            return f(self, *args)
-
-    return wrapped
+from kfaclinalg import Factored, Tridiagonal  # isort: skip
 
 
 class KFACPreconditioner:
     """The gradient of every layer becomes G⁻¹ ∇W A⁻¹, and any optimizer of `torch.optim` takes it from there.
 
-    The layers: `Linear`, `Conv1d/2d/3d` and `ConvTranspose1d/2d/3d`, `Embedding`, `LayerNorm`, `RMSNorm`, `GroupNorm`,
-    `BatchNorm1d/2d/3d` and `MultiheadAttention`; used several times and with tied weights too. `skipped` says what is
-    left alone. A is the second moment of the inputs, G that of the gradients of one example's loss, both averaged over
-    the steps; the first dimension of the model's first input counts the examples. Forward passes without gradients show
-    nothing, whatever `train()` or `eval()` says.
+    The layers: `Linear`, `Bilinear`, `Conv1d/2d/3d` and `ConvTranspose1d/2d/3d`, `Embedding`, `LayerNorm`, `RMSNorm`,
+    `GroupNorm`, `BatchNorm1d/2d/3d`, `MultiheadAttention`, `RNN`, `GRU`, `LSTM` and their cells; used several times and
+    with tied weights too. Of all other parameters the diagonal of the Fisher matrix is taken; `fallback` lists them,
+    and `skipped` what is left alone. A is the second moment of the inputs, G that of the gradients of one example's
+    loss, both averaged over the steps; the first dimension of the model's first input counts the examples. Forward
+    passes without gradients show nothing, whatever `train()` or `eval()` says.
 
     Args:
         model: the module; inside `DistributedDataParallel` or `torch.compile` either it or the wrapper.
         likelihood: of the outputs: "categorical" (logits in the last dimension), "bernoulli", "gaussian", or an object
             with the methods of `kfaclinalg_torch.Likelihood`. The empirical estimator needs none.
-        estimator: whose gradients G is made of. "sampled": of `samples` targets drawn from the model itself; "exact":
-            the expectation over them; both by `update(outputs)` before the loss's backward pass. "empirical": of the
-            loss itself.
-        reduction: whether the loss is the mean over the examples, or their sum; the empirical G is then the same.
+        estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
+            itself; `ExactFisher()`, "exact": the expectation over them; both by `update(outputs)` before the loss's
+            backward pass. `Empirical(reduction, grad_scaler)`, "empirical": of the loss itself.
+        structure: `Factored(norm)`, short "block-diagonal" (Section 4.2), `Exact()` (eqn 6), `LowRank(rank)`,
+            `Eigen()`, "eigen" (EKFAC) or `Tridiagonal(norm)`, "block-tridiagonal" (Section 4.3), of `kfaclinalg`.
         damping: λ. Factored Tikhonov damping takes γ = √λ (Section 6.3); a number, or a function of the step.
         decay: the bound of ε in the averages, ε = min(1 - 1/k, decay) (Section 5).
         statistics_period, inverse_period: in steps, numbers or functions of the step. The layers' inverses are
@@ -62,17 +55,19 @@ class KFACPreconditioner:
             of 1 substitution takes the place of explicit inverses.
         weight_sharing: "expand" takes every position by itself, "reduce" the mean input and the summed gradient of an
             example (Eschenhagen et al. 2023); for single modules, a mapping of their names.
-        kl_clip, kl_lr: κ and lr: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U being the
-            gradients before and after. None: it is not.
-        structure: "block-diagonal" (Section 4.2), "eigen" (EKFAC) or, for linear layers that follow each other as they
-            stand in the model, "block-tridiagonal" (Section 4.3).
-        exact_damping: (A ⊗ G + λ I)⁻¹ (eqn 6) in the place of factored damping.
-        rank: A and G of this rank, or this rank and a diagonal (`kfaclinalg.low_rank_inverse`). None: of full rank.
-        pi_norm: the norm of π: "trace", "frobenius", "spectral".
+        kl_clip, kl_lr: κ and lr, 1 unless given: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U
+            being the gradients before and after. None: it is not.
+        layers: rules of your own by the class of a module, see `kfaclinalg_torch.Rule`; `{MyLinear: nn.Linear}` takes
+            one for the other.
+        fallback: "diagonal", or "none": what no rule knows is left alone.
+        outputs: which of what the model returns the likelihood is of: a function, or a key, index or attribute.
+        mask: which positions count, True in a boolean tensor (N, ...): it, or a function of the model's inputs. The
+            others enter neither A nor G. The attribute may be set anew before a forward pass.
         skip: names of modules to leave alone.
         generator: the source of the sampled targets. None: one that is seeded from torch's global one.
-        grad_scaler: the `torch.amp.GradScaler` that scales the loss, for the empirical estimator.
-        factor_dtype: of A, G and the inverses, whatever the model's is.
+        factor_dtype: of A, G and the inverses. None: that of the parameters, half precision widened.
+        short: `samples`; `reduction` and `grad_scaler`; `exact_damping`, `rank` and `pi_norm`: the constants of an
+            estimator or a structure that is given by its short form.
 
     Raises:
         TypeError, ValueError: a wrong option, or nothing that can be preconditioned; it says what came and what was
@@ -93,122 +88,113 @@ class KFACPreconditioner:
         model: nn.Module,
         *,
         likelihood: str | Likelihood | None = None,
-        estimator: str = "sampled",
-        reduction: str = "mean",
+        estimator: Any = "sampled",
+        structure: Any = "block-diagonal",
         damping: Number = 1e-3,
         decay: float = 0.95,
         statistics_period: Period = 1,
         inverse_period: Period = 10,
         weight_sharing: str | Mapping[str, str] = "expand",
         kl_clip: Number | None = None,
-        kl_lr: Number = 1.0,
-        structure: str = "block-diagonal",
-        exact_damping: bool = False,
-        rank: int | None = None,
-        samples: int = 1,
-        pi_norm: str = "trace",
+        kl_lr: Number | None = None,
+        layers: Mapping[type, Any] | None = None,
+        fallback: str = "diagonal",
+        outputs: Any = None,
+        mask: Any = None,
         skip: Sequence[str] = (),
         generator: torch.Generator | None = None,
-        grad_scaler: Any = None,
-        factor_dtype: torch.dtype = torch.float32,
+        factor_dtype: torch.dtype | None = None,
+        **short: Any,
     ) -> None:
-        check_options(
-            estimator=estimator,
-            reduction=reduction,
-            structure=structure,
-            damping=damping,
-            decay=decay,
-            statistics_period=statistics_period,
-            inverse_period=inverse_period,
-            kl_clip=kl_clip,
-            kl_lr=kl_lr,
-            rank=rank,
-            samples=samples,
-            pi_norm=pi_norm,
-            factor_dtype=factor_dtype,
-        )
-        check_together(estimator, likelihood, structure, exact_damping, rank)
+        periods = {"statistics_period": statistics_period, "inverse_period": inverse_period}
+        check_numbers(damping=damping, decay=decay, **periods, kl_clip=kl_clip, kl_lr=1.0 if kl_lr is None else kl_lr)
+        check_choice("fallback", fallback, FALLBACKS)
+        if kl_lr is not None and kl_clip is None:
+            raise ValueError("kl_lr would have no effect without kl_clip")
+        self.estimator, self.structure = _values(estimator, structure, short)
+        empirical = isinstance(self.estimator, Empirical)
+        if not empirical and likelihood is None:
+            raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
+        if empirical and likelihood is not None:
+            raise ValueError("likelihood would have no effect with the empirical estimator, which takes the loss's own")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
-        if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
-            raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
         model = _unwrapped(model)
-        known = found(model, skip)
-        self.skipped: dict[str, str] = known.skipped
-        self._layers = known.layers
-        self._blocks = [block for layer in known.layers for block in layer.blocks]
-        self._sharing = sharing_of(weight_sharing, known.layers)
-        self.estimator, self.reduction, self.structure = estimator, reduction, structure
-        self.likelihood = None if likelihood is None else likelihood_of(likelihood)
-        self.damping, self.decay, self.samples = damping, decay, samples
+        known = found(model, skip, table_of(layers), fallback)
+        self.damping, self.decay = damping, decay
         self.statistics_period, self.inverse_period = statistics_period, inverse_period
-        self.kl_clip, self.kl_lr = kl_clip, kl_lr
-        self.grad_scaler, self.factor_dtype = grad_scaler, factor_dtype
-        self.rejected = 0  #: statistics that held a NaN or an infinity
+        self.kl_clip, self.kl_lr = kl_clip, 1.0 if kl_lr is None else kl_lr
+        self.likelihood = None if likelihood is None else likelihood_of(likelihood)
         self.generator = generator or new_generator(known.layers[0].parameters[0].device)
-        self._averages = Averages(decay)
-        self._inverses = inverses_of(structure, exact_damping, rank, pi_norm, inverse_period, known.layers)
-        self._steps = 0
-        self._estimating = False
-        self._begin()
-        self._capture = Capture(model, known.sites, self._keeps, self._follows, self._arrived)
-        weakref.finalize(self, self._capture.remove)  # where nobody has called `remove`
+        self.factor_dtype = dtype_of(factor_dtype, known.layers)
+        self._estimate = Estimate(
+            model,
+            known,
+            estimator=self.estimator,
+            likelihood=self.likelihood,
+            sharing=sharing_of(weight_sharing, known.layers),
+            decay=decay,
+            dtype=self.factor_dtype,
+            generator=self.generator,
+            outputs=outputs,
+            mask=mask,
+            settled=self._settled,
+        )
+        self._model, self._fallback = weakref.ref(model), fallback
+        self._inverses = _inverses(self.structure, inverse_period, known.layers)
         self._owners = owners(model, known.layers)
-        if self.skipped:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            warnings.warn(f"KFACPreconditioner leaves some gradients as they are. {reasons}", stacklevel=2)
+        self._steps = 0
+        self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none
+        self._begin()
+        weakref.finalize(self, self._estimate.capture.remove)  # where nobody has called `remove`
+        _say(known.message())
 
     @property
     def layers(self) -> dict[str, LayerFactors]:
         """The moving averages of A and G, by the names of the modules."""
-        return self._averages.layers
+        return dict(self._estimate.averages.layers)
 
-    def update(self, outputs: Tensor) -> None:
+    @property
+    def fallback(self) -> dict[str, str]:
+        """By their names the parameters of which the diagonal is taken, and why."""
+        return dict(self._estimate.found.fallback)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """By their names the parameters that are left alone, and why."""
+        return dict(self._estimate.found.skipped)
+
+    @property
+    def rejected(self) -> int:
+        """How many statistics held a NaN or an infinity."""
+        return self._estimate.rejected
+
+    @property
+    def mask(self) -> Any:
+        """Which positions count."""
+        return self._estimate.mask
+
+    @mask.setter
+    def mask(self, mask: Any) -> None:
+        self._estimate.mask = mask
+
+    def update(self, outputs: Any) -> None:
         """Take the statistics of the forward pass that gave these outputs, before the loss's backward pass.
 
         Each sample, or column of the exact factor, is one backward pass through the layers, without weight gradients.
         Where no statistic is due, nothing happens.
 
+        Args:
+            outputs: what the model returned, of which the option `outputs` takes the tensor; or that tensor.
+
         Raises:
             ValueError: the estimator is "empirical", which takes the loss's own backward pass.
         """
-        if self.estimator == "empirical":
+        if isinstance(self.estimator, Empirical):
             raise ValueError("estimator 'empirical' takes its statistics from loss.backward(): do not call update()")
-        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-            raise ValueError(
-                f"outputs is a {type(outputs).__name__}, expected a tensor of a pass with gradients enabled"
-            )
-        if not self._due or self._capture.paused:
-            return
-        uses = self._capture.uses
-        edges: list[Any] = [use.outputs for use in uses]
-        reached: list[bool] = []
-        self._estimating = True
-        try:
-            for draw, cotangent in enumerate(self._cotangents(outputs) if uses else ()):
-                slopes = torch.autograd.grad(outputs, edges, cotangent, retain_graph=True, allow_unused=True)
-                reached = [g is not None for g in slopes]
-                self._gather(uses, slopes, draw)
-        finally:
-            self._estimating = False
-        if not outputs.numel():
-            return  # the other processes may have examples, and wait in `step`
-        if not any(reached):
-            raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
-        self._capture.uses = [use for use, done in zip(uses, reached, strict=True) if not done]
+        self._estimate.update(outputs)
 
-    def _cotangents(self, outputs: Tensor) -> Iterator[Tensor]:
-        likelihood: Any = self.likelihood
-        if self.estimator == "sampled":
-            return estimators.sampled(likelihood, outputs, self.samples, self.generator)
-        passes = {use.of for use in self._capture.uses}
-        if len(passes) > 1:  # whose outputs these are
-            edges: list[Any] = [use.outputs for use in self._capture.uses]
-            slopes = torch.autograd.grad(outputs.sum(), edges, retain_graph=True, allow_unused=True)
-            passes = {use.of for use, g in zip(self._capture.uses, slopes, strict=True) if g is not None} or passes
-        return estimators.exact(likelihood, outputs, max(passes).examples)
-
-    @_in_full_precision
+    @in_full_precision
     def step(self) -> None:
         """Average what was captured, refresh the inverses whose turn it is, and precondition the gradients in place.
 
@@ -217,119 +203,90 @@ class KFACPreconditioner:
             RuntimeError: nothing was captured so far.
             LinAlgError: the factors of a layer could not be inverted in three refreshes in a row.
         """
-        check_owners(self._owners)
+        for owner in self._owners:
+            owner.check("preconditioner")
+        estimate = self._estimate
         damping = at(self._steps, "damping", self.damping)
         period = at(self._steps, "inverse_period", self.inverse_period)
-        statistic, scale = self._statistic, self._scale()
-        shown = not statistic.empty or (self._due and several_processes())
-        accepted = shown and self._average(statistic, scale)
-        if not self._averages.taken and not shown:
-            missing = "loss.backward()" if self.estimator == "empirical" else "update(outputs)"
+        gradients = [p.grad for layer in self._layers for p in layer.parameters if p.grad is not None]
+        scale, shown = estimate.scale, estimate.shown
+        new = estimate.average(gradients, self._inverses) if shown else None
+        if not estimate.averages.taken and not shown:
+            missing = "loss.backward()" if isinstance(self.estimator, Empirical) else "update(outputs)"
             raise RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
-        averages = self._averages.layers
-        factors = {layer.name: layer.factors(averages) for layer in self._layers}
-        known = {name: layer for name, layer in factors.items() if layer is not None}
-        self._inverses.refresh(self._steps, period, damping, Factored(known, self._averages.links))
-        if accepted:
-            self._inverses.observe(statistic, scale, self.decay, damping)
+        self._inverses.refresh(self._steps, period, damping, estimate.averaged)
+        if new is not None:
+            self._inverses.observe(estimate.statistic, new, scale, self.decay, damping)
         self._precondition()
         self._steps += 1
-        self._capture.uses = []
+        estimate.capture.uses = []
         self._begin()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Capture nothing in the passes under the `with`."""
-        before, self._capture.paused = self._capture.paused, True
+        capture = self._estimate.capture
+        before, capture.paused = capture.paused, True
         try:
             yield
         finally:
-            self._capture.paused = before
+            capture.paused = before
 
     def remove(self) -> None:
         """Take all hooks away; the model is then as it was."""
-        self._capture.remove()
+        self._estimate.capture.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, in tensors, numbers, lists and dictionaries."""
-        state = {"averages": self._averages.state(), "inverses": self._inverses.state()}
-        alone = {"structure": self.structure, "steps": self._steps, "generator": self.generator.get_state()}
-        return alone | packed(state)
+        state = {"averages": self._estimate.averages.state(), "inverses": self._inverses.state()}
+        alone = {"steps": self._steps, "generator": self.generator.get_state(), "gone": dict(self._gone)}
+        return alone | {"made": made(self.structure, self.estimator, self._layers)} | packed(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` as if there had been no stop: bitwise, on one machine.
 
         Raises:
-            ValueError: it is none, or of a model with other layers, or another structure. Nothing has changed then.
+            ValueError: it is none, or of another structure or estimator, or of other layers. Nothing has changed then.
         """
-        check_keys(state_dict, ("averages", "inverses", "structure", "steps", "generator"))
-        if state_dict["structure"] != self.structure:
-            raise ValueError(f"the state is of structure {state_dict['structure']!r}, expected {self.structure!r}")
-        steps = state_dict["steps"]
+        check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone"))
+        steps, gone, known = state_dict["steps"], state_dict["gone"], self._estimate.found
         check(isinstance(steps, int) and is_number(steps), f"steps is {steps!r}")
         check_generator(self.generator, state_dict["generator"])
-        like = self._layers[0].parameters[0].detach().to(self.factor_dtype)
+        check_gone(gone)
+        lost = {layer: gone[layer.name] for layer in known.layers if layer.name in gone}
+        known = known.without(self._model(), lost, self._fallback) if lost else known  # type: ignore[arg-type]
+        check_made(state_dict["made"], made(self.structure, self.estimator, known.layers))
+        inverses_of_known = _inverses(self.structure, self.inverse_period, known.layers)
+        like = known.layers[0].parameters[0].detach().to(self.factor_dtype)
         averages, inverses = (restored(state_dict[name], like) for name in ("averages", "inverses"))
-        self._averages.check(averages, self._blocks, chained=self.structure == "block-tridiagonal")
-        self._inverses.check(inverses, {layer.name: layer.matrix(torch.detach) for layer in self._layers})
-        self._averages.load(averages)
+        chain = inverses_of_known.chain if isinstance(inverses_of_known, ChainInverse) else []
+        self._estimate.averages.check(averages, known.blocks, chain)
+        inverses_of_known.check(inverses, {layer.name: layer.matrix(torch.detach) for layer in known.layers})
+        self._settled(lost)
+        self._estimate.averages.load(averages)
         self._inverses.load(inverses)
         self._steps = steps
         self.generator.set_state(state_dict["generator"])
         self._begin()
 
-    @_in_full_precision
-    def _gather(self, uses: Sequence[Use], slopes: Sequence[Tensor | None], draw: int) -> None:
-        for use, g in zip(uses, slopes, strict=True):
-            if g is not None:
-                self._statistic.add(use, g, draw)
+    @property
+    def _layers(self) -> tuple[Layer, ...]:
+        return self._estimate.found.layers
 
     def _begin(self) -> None:
-        """A new statistic, if this step takes one."""
-        self._due = self._steps % at(self._steps, "statistics_period", self.statistics_period) == 0
-        self._statistic = Statistic(self._blocks, self._sharing, self.factor_dtype, self._inverses.keeps_uses)
-        self._training: dict[Block, list[tuple[Use, Tensor]]] = {}
+        due = self._steps % at(self._steps, "statistics_period", self.statistics_period) == 0
+        self._estimate.begin(due, self._inverses.keeps_uses)
 
-    def _keeps(self, use: Use) -> bool:
-        """Whether `update` needs it."""
-        return self._due and self.estimator != "empirical"
-
-    def _follows(self, use: Use) -> bool:
-        """Whether its gradient in the loss's backward pass is needed."""
-        return (self._due and self.estimator == "empirical") or self._may_be_outer(use)
-
-    def _may_be_outer(self, use: Use) -> bool:
-        block, x = use.block, use.inputs
-        fits = isinstance(block, Linear) and block.whole and x.ndim == 2 and x.device.type == "cpu"
-        return fits and OuterProduct.pays((len(block.parameters[0]), x.shape[1]), len(x))
-
-    @_in_full_precision
-    def _arrived(self, use: Use, g: Tensor) -> None:
-        if self._estimating:
-            return
-        if self._due and self.estimator == "empirical":
-            self._statistic.add(use, g)
-        if self._may_be_outer(use) and g.dtype == self.factor_dtype:
-            self._training.setdefault(use.block, []).append((use, g))
-
-    def _scale(self) -> float:
-        """What takes a captured gradient to that of one example's loss."""
-        if self.estimator != "empirical":
-            return 1.0
-        scale = self._statistic.examples if self.reduction == "mean" else 1.0
-        return scale / (self.grad_scaler.get_scale() if self.grad_scaler else 1.0)
-
-    def _average(self, statistic: Statistic, scale: float) -> bool:
-        """Take a statistic into the averages, unless this step's numbers overflowed."""
-        new, links = statistic.moments(scale), self._inverses.links(statistic, scale)
-        checked = [M for found in new.values() for M in found]
-        checked += [p.grad for layer in self._layers for p in layer.parameters if p.grad is not None]
-        extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
-        if not bool(torch.isfinite(torch.stack(extremes)).all()):
-            self.rejected += 1
-            return False
-        self._averages.take(new, links)
-        return True
+    def _settled(self, gone: Mapping[Layer, str]) -> None:
+        """These layers are none."""
+        if gone:
+            estimate, before = self._estimate, self._estimate.found
+            estimate.found = before.without(self._model(), gone, self._fallback)  # type: ignore[arg-type]
+            estimate.sharing |= sharing_of("expand", [x for x in estimate.found.layers if x not in before.layers])
+            estimate.statistic.all = estimate.found.blocks
+            self._inverses = _inverses(self.structure, self.inverse_period, estimate.found.layers)
+            self._gone |= {layer.name: why for layer, why in gone.items()}
+            _say("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()))
 
     def _precondition(self) -> None:
         ready = {layer.name: layer for layer in self._layers if all(map(_is_trained, layer.parameters))}
@@ -351,10 +308,37 @@ class KFACPreconditioner:
         """∇W (m, n), as the `OuterProduct` of the batch's own g and a where it is that and has an inverse for it."""
         block = layer.dense
         if isinstance(block, Linear) and isinstance(self._inverses.inverses.get(layer.name), Kronecker):
-            uses = self._training.get(block)
+            uses = self._estimate.training.get(block)
             if uses and (outer := outer_gradient(block, uses, self._steps)):
                 return outer
         return layer.matrix(_gradient).to(self.factor_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._estimate.device
+
+
+def _values(estimator: Any, structure: Any, short: dict[str, Any]) -> tuple[Any, Any]:
+    """The estimator and the structure, each with the constants that belong to it."""
+    known = ("samples", "reduction", "grad_scaler", "exact_damping", "rank", "pi_norm")
+    if unknown := sorted(short.keys() - set(known)):
+        raise TypeError(f"got the unknown options {', '.join(unknown)}")
+    constants = [{name: short.get(name) for name in names} for names in (known[:3], ("rank", "pi_norm"))]
+    exact = short.get("exact_damping", False)
+    return estimator_of(estimator, **constants[0]), structure_of(structure, exact_damping=exact, **constants[1])
+
+
+def _inverses(structure: Any, period: Period, layers: Sequence[Layer]) -> Inverses:
+    if isinstance(structure, Tridiagonal):
+        return ChainInverse(structure, layers)
+    if structure == Factored(getattr(structure, "norm", "")) and period == 1:
+        structure = Factored(structure.norm, "cholesky")  # what is applied once is not worth an inverse
+    return Inverses(structure, layers)
+
+
+def _say(message: str) -> None:
+    if message:
+        warnings.warn(f"KFACPreconditioner {message}", stacklevel=3)
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -2,163 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import add
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfaclinalg import Factors, KFACOptions, OuterProduct, batch_factors, homogeneous, moving_average
+from kfaclinalg import Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
-from ._layers import Layer, Use, captured, single_uses
-from ._likelihoods import Likelihood
+from ._batch import Batch
+from ._capture import Capture, Use
+from ._estimators import Sampled, cotangent
+from ._likelihoods import Likelihood, masked
+from ._linear import Linear
+from ._links import chained, cross_moments
+from ._network import Matrices, Network
 from ._once import Once
-
-Matrices = tuple[Tensor, ...]
-
-
-class Batch:
-    """`inputs` (a tensor or a tuple of them) and `targets`, the examples along the first dimension of each.
-
-    A subset holds only which `examples` it consists of, so that no more than a chunk of them is ever copied.
-    """
-
-    def __init__(self, inputs: Any, targets: Tensor, examples: Tensor | None = None, place: int = 0) -> None:
-        self.examples = examples  # None: all
-        self.place = place  # among the chunks of a batch
-        self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        self.targets = targets
-        if not self.inputs or not all(isinstance(x, Tensor) and x.ndim > 0 for x in (*self.inputs, targets)):
-            raise ValueError("expected inputs (a tensor or a tuple of tensors) and targets (a tensor), the batch first")
-        sizes = [x.shape[0] for x in (*self.inputs, targets)]
-        if len(set(sizes)) > 1 or sizes[0] == 0:
-            raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
-
-    def __len__(self) -> int:
-        return int((self.targets if self.examples is None else self.examples).shape[0])
-
-    def subset(self, fraction: float, generator: torch.Generator) -> Batch:
-        """A random fraction of the examples, one at least."""
-        size = max(1, round(fraction * len(self)))
-        if size == len(self):
-            return self
-        order = torch.randperm(len(self), generator=generator, device=generator.device)
-        return Batch(self.inputs, self.targets, order[:size].to(self.targets.device))
-
-    def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
-        """The batch in pieces of at most `size` examples, each with its share of the whole."""
-        size = size or len(self)
-        for place, start in enumerate(range(0, len(self), size)):
-            part = slice(start, start + size)
-            examples: Any = part if self.examples is None else self.examples[part]
-            piece = Batch(tuple(x[examples] for x in self.inputs), self.targets[examples], place=place)
-            yield len(piece) / len(self), piece
+from ._squares import mean_squares
+from ._statistics import Held, Statistic, gather
 
 
 class NetworkProblem:
     """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch (`kfaclinalg.Problem`).
 
-    All of one function: each pass sees the random numbers of the first, the masks of a dropout, and that alone moves
-    the running statistics of a normalisation.
+    All of one function: each pass over the same examples sees the random numbers of the first, the masks of a dropout,
+    and that alone moves the running statistics of a normalisation. Attention takes the one way that has products with
+    the Jacobian.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood, batch: Batch, options: KFACOptions
+        self,
+        network: Network,
+        capture: Capture,
+        likelihood: Likelihood,
+        batch: Batch,
+        options: KFACOptions,
+        *,
+        estimator: Any,
+        sharing: Mapping[str, str],
+        tensor_of: Callable[[Any], Tensor],
     ) -> None:
-        self.model, self.layers, self.likelihood = model, layers, likelihood
-        self.batch, self.options = batch, options
-        self._once = Once(model)
+        self.network, self.capture, self.likelihood = network, capture, likelihood
+        self.batch, self.options, self.tensor_of = batch, options, tensor_of
+        self.estimator, self.sharing = estimator, sharing
+        self._once = Once(network.model)
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
         """h and ∇h on S'; for a layer larger than the batch the `OuterProduct` of g and a, where that pays."""
         h: Any = 0.0
         gradient: Any = None
-        outer = [self._keeps_outer(W) for W in weights]
         for share, piece in self._pieces(self.batch):
-            with torch.enable_grad(), captured(self.layers) as uses:
-                leaves = _leaves(weights)
-                outputs = self._outputs(piece, *leaves)
-                used = single_uses(uses)
-                self._check(outputs, piece.targets)
-                loss = share * self.likelihood.loss(outputs, piece.targets)
-                sources: list[Any] = [
-                    use.outputs if kept else W for kept, use, W in zip(outer, used, leaves, strict=True)
-                ]
-                slopes = torch.autograd.grad(loss, sources)
-            layers = zip(outer, slopes, self._inputs(used), strict=True)
-            parts = tuple(OuterProduct(g.mT, a.mT) if kept else g for kept, g, a in layers)
+            leaves, outputs, uses = self._shown(piece, weights)
+            likelihood = masked(self.likelihood, piece.mask, outputs)
+            if check := getattr(likelihood, "check", None):
+                check(outputs, piece.targets)
+            with torch.enable_grad():
+                loss = share * likelihood.loss(outputs, piece.targets)
+            outer = self._outer(weights, uses)
+            apart = {p for layer in self.network.layers if layer.name in outer for p in layer.parameters}
+            dense = [p for p in leaves if p not in apart]
+            edges: list[Any] = [use.outputs for use in outer.values()]
+            slopes = torch.autograd.grad(loss, [*(leaves[p] for p in dense), *edges], allow_unused=True)
+            gradients = dict(zip(dense, slopes, strict=False))
+            self._check_used(gradients)
+            of_uses = dict(zip(outer, slopes[len(dense) :], strict=True))
+            parts = tuple(
+                _outer_product(outer[layer.name], of_uses[layer.name])
+                if layer.name in outer
+                else layer.matrix(gradients.__getitem__)
+                for layer in self.network.layers
+            )
             h, gradient = h + loss.detach(), parts if gradient is None else tuple(map(add, gradient, parts))
         return h, gradient
 
     def loss(self, weights: Matrices) -> Tensor:
         """h on S'."""
         h: Any = 0.0
+        values = self.network.by_name(self.network.parameters(weights))
         for share, piece in self._pieces(self.batch):
             with torch.no_grad():
-                h = h + share * self.likelihood.loss(self._outputs(piece, *weights), piece.targets)
+                outputs = self._outputs(piece, values)
+                h = h + share * masked(self.likelihood, piece.mask, outputs).loss(outputs, piece.targets)
         return h
 
     def factors(self, weights: Matrices, links: bool) -> Factors:
-        """The second moments on S1, with targets sampled from the model's own distribution."""
-        average: Any = None
-        seen = 0.0
-        batch = self._subset(self.options.statistics_fraction)
-        chunked = len(batch) > (self.options.chunk_size or len(batch))
-        sampled = self._sampled(batch, weights) if chunked else None
-        for share, piece in self._pieces(batch):
-            with torch.enable_grad(), captured(self.layers) as uses:
-                outputs = self._outputs(piece, *_leaves(weights))
-                used = single_uses(uses)
-                targets = self._sample(outputs.detach()) if sampled is None else next(sampled)
-                loss = len(piece) * self.likelihood.loss(outputs, targets)  # a sum: each g is that of one example
-                g = torch.autograd.grad(loss, [use.outputs for use in used])
-            moments = batch_factors(list(self._inputs(used)), g, links=links)
-            average = moving_average(average, moments, decay=seen / (seen + share))
-            seen += share
-        return average
+        """The second moments on S1, with targets from the model's own distribution."""
+        layers, batch, options = self.network.layers, self._subset(self.options.statistics_fraction), self.options
+        blocks = [block for layer in layers for block in layer.blocks]
+        keep = links or options.structure_value.observes
+        self._statistic = Statistic(blocks, self.sharing, weights[0].dtype, keep)
+        chunked = len(batch) > (options.chunk_size or len(batch))
+        sampled = self._sampled(batch, weights) if chunked and self.estimator == Sampled() else None
+        for _, piece in self._pieces(batch):
+            leaves, outputs, uses = self._shown(piece, weights)
+            likelihood = masked(self.likelihood, piece.mask, outputs)
+            if sampled is None:
+                cotangents = self.estimator.cotangents(likelihood, outputs, len(piece), options.generator)
+            else:
+                cotangents = iter([cotangent(likelihood, outputs, next(sampled))])
+            gather(self._statistic, uses, leaves, outputs, cotangents, self.capture.now)
+        moments = {name: _factors(M) for name, M in self._statistic.moments(1.0).items()}
+        self._moments = [(layer, layer.factors(moments)) for layer in layers]
+        if missing := [layer.name for layer, M in self._moments if M is None]:
+            raise ValueError(f"expected every trained layer in a forward pass, got nothing of {', '.join(missing)}")
+        found: tuple[Any, ...] = tuple(M for _, M in self._moments)
+        return Factors(found, cross_moments(self._statistic, chained(layers), 1.0) if links else ())
+
+    def squared_gradients(self, bases: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """The means of (K_Bᵀ ∇W K_A)² over the S1 of `factors`, for the structure "eigen"."""
+        pairs = zip(self._moments, bases, strict=True)
+        return tuple(mean_squares(self._statistic, layer, F, M, 1.0) for (layer, M), F in pairs)  # type: ignore[arg-type]
 
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Tensor:
         """(J d_i)ᵀ F_R (J d_j), mean over S2, from one forward-mode product a direction (Appendix C)."""
         total: Any = 0.0
+        values, *tangents = (self.network.by_name(self.network.parameters(W)) for W in (weights, *directions))
         for share, piece in self._pieces(self._subset(self.options.curvature_fraction)):
             with torch.no_grad():
-                pushed: list[Any] = [jvp(partial(self._outputs, piece), weights, d) for d in directions]
-                products = [self.likelihood.fisher_product(outputs, Jd) for outputs, Jd in pushed]
+                pushed: list[Any] = [jvp(lambda v, x=piece: self._outputs(x, v), (values,), (d,)) for d in tangents]
+                likelihood = masked(self.likelihood, piece.mask, pushed[0][0])
+                products = [likelihood.fisher_product(outputs, Jd) for outputs, Jd in pushed]
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
-                total = total + share / len(piece) * torch.stack(rows)
+                total = total + share / piece.counted * torch.stack(rows)
         return total
 
-    def _inputs(self, used: Sequence[Use]) -> Iterator[Tensor]:
-        """a of each layer (N, n), with its column of ones where there is a bias."""
-        for layer, use in zip(self.layers, used, strict=True):
-            yield homogeneous(use.inputs) if layer.has_bias else use.inputs
+    def _shown(self, piece: Batch, weights: Matrices) -> tuple[dict[Tensor, Tensor], Tensor, list[Use]]:
+        """The parameters as leaves of autograd's graph, the outputs, and what the pass has shown."""
+        parameters = self.network.parameters(weights).items()
+        leaves = {p: value.detach().requires_grad_() for p, value in parameters}
+        self.capture.uses, self.capture.paused = [], False
+        try:
+            with torch.enable_grad():
+                return leaves, self._outputs(piece, self.network.by_name(leaves)), self.capture.uses
+        finally:
+            self.capture.paused = True
 
-    def _keeps_outer(self, W: Tensor) -> bool:
-        """Whether G⁻¹ ∇h A⁻¹ is taken from the batch's own g and a (the end of Section 8)."""
-        options, (m, n), N = self.options, W.shape, len(self.batch)
+    def _outputs(self, piece: Batch, values: dict[str, Tensor]) -> Tensor:
+        """The model's outputs, with these parameters in the place of its own."""
+        with self._once.passing(piece.place), sdpa_kernel(SDPBackend.MATH):
+            self.capture.mask_of = lambda *args, **kwargs: piece.mask
+            model: Any = lambda *args, **kwargs: functional_call(self.network.model, values, args, kwargs)  # noqa: E731
+            return self.tensor_of(piece.call(model))
+
+    def _outer(self, weights: Matrices, uses: Sequence[Use]) -> dict[str, Use]:
+        """The use of each layer of which G⁻¹ ∇h A⁻¹ is taken from the batch's own g and a (the end of Section 8)."""
+        options, N = self.options, len(self.batch)
         whole = (options.chunk_size or N) >= N
-        possible = whole and not options.weight_decay and options.structure == "block-diagonal"
-        return possible and OuterProduct.pays((m, n), N)
+        if not whole or options.weight_decay or not isinstance(options.structure_value, Factored):
+            return {}
+        found = {}
+        for layer, W in zip(self.network.layers, weights, strict=True):
+            block = layer.dense
+            own = [use for use in uses if use.block is block]
+            plain = isinstance(block, Linear) and block.whole and len(own) == 1 and own[0].inputs.ndim == 2
+            if plain and own[0].mask is None and not own[0].single and OuterProduct.pays((W.shape[0], W.shape[1]), N):
+                found[layer.name] = own[0]
+        return found
 
     def _sampled(self, batch: Batch, weights: Matrices) -> Iterator[Tensor]:
         """Targets for each piece, drawn for all examples at once: the same ones whatever the chunks."""
+        values = self.network.by_name(self.network.parameters(weights))
         with torch.no_grad():
-            outputs = torch.cat([self._outputs(piece, *weights) for _, piece in self._pieces(batch)])
-        return iter(self._sample(outputs).split(self.options.chunk_size or len(batch)))
-
-    def _sample(self, outputs: Tensor) -> Tensor:
-        return self.likelihood.sample(outputs, self.options.generator)
-
-    def _outputs(self, batch: Batch, *weights: Tensor) -> Tensor:
-        """The model's outputs, with these weights in the place of its own."""
-        parameters: dict[str, Tensor] = {}
-        for layer, W in zip(self.layers, weights, strict=True):
-            parameters |= layer.parameters(W)
-        with self._once.passing(batch.place):
-            return functional_call(self.model, parameters, batch.inputs)
+            outputs = torch.cat([self._outputs(piece, values) for _, piece in self._pieces(batch)])
+        targets = self.likelihood.sample(outputs, self.options.generator)
+        return iter(targets.split(self.options.chunk_size or len(batch)))
 
     def _subset(self, fraction: float) -> Batch:
         return self.batch.subset(fraction, self.options.generator)
@@ -166,10 +176,15 @@ class NetworkProblem:
     def _pieces(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
         return batch.chunks(self.options.chunk_size)
 
-    def _check(self, outputs: Tensor, targets: Tensor) -> None:
-        if check := getattr(self.likelihood, "check", None):
-            check(outputs, targets)
+    def _check_used(self, gradients: Mapping[Tensor, Tensor | None]) -> None:
+        if unused := [self.network.names[p] for p, g in gradients.items() if g is None]:
+            raise ValueError(f"expected every trained parameter in a forward pass, got nothing of {', '.join(unused)}")
 
 
-def _leaves(weights: Matrices) -> Matrices:
-    return tuple(W.detach().requires_grad_() for W in weights)
+def _outer_product(use: Use, g: Tensor) -> OuterProduct:
+    block: Any = use.block
+    return OuterProduct(g.mT, block.inputs(use.inputs, len(use.inputs))[:, 0].mT)
+
+
+def _factors(moments: LayerFactors | Held) -> LayerFactors:
+    return batch_factors([moments.a], [moments.g]).layers[0] if isinstance(moments, Held) else moments

@@ -1,46 +1,33 @@
-"""The options of the preconditioner: what they may be, and what they stand for."""
+"""The options of both optimizers: what they may be, and what they stand for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._chain import ChainInverse
-from ._discovery import Layer
-from ._eigen import EigenInverses
-from ._inverses import Inverses, exact, factored, low_rank
+from kfaclinalg import Eigen, Exact, Factored, LowRank, Structure, Tridiagonal
+
+from ._layer import Layer
 
 Number = float | Callable[[int], float]
 Period = int | Callable[[int], int]
-CHOICES: dict[str, Sequence[Any]] = {
-    "estimator": ("sampled", "exact", "empirical"),
-    "reduction": ("mean", "sum"),
-    "structure": ("block-diagonal", "eigen", "block-tridiagonal"),
-    "pi_norm": ("trace", "frobenius", "spectral"),
-    "factor_dtype": (torch.float32, torch.float64),
-}
-COUNTS = ("statistics_period", "inverse_period", "samples", "rank")
-OPTIONAL = ("kl_clip", "rank")
+COUNTS = ("statistics_period", "inverse_period")
+SHORT: dict[str, Any] = {"block-diagonal": Factored, "eigen": Eigen, "block-tridiagonal": Tridiagonal}
 
 
-def check_options(**options: Any) -> None:
-    """A TypeError or ValueError names the first that is none of its choices, or out of its range.
-
-    Functions of the step pass, and None where it means that there is none.
-    """
+def check_numbers(**options: Any) -> None:
+    """A TypeError or ValueError names the first that is out of its range; functions of the step pass."""
     for name, value in options.items():
-        if name in CHOICES:
-            _check_choice(name, value, CHOICES[name])
-        elif (value is None and name in OPTIONAL) or callable(value):
+        if (value is None and name == "kl_clip") or callable(value):
             continue
-        elif isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} is {value!r}, expected a number or a function of the step")
-        elif name in COUNTS:
+        if name in COUNTS:
             if not isinstance(value, Integral) or int(value) < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
         elif not 0 <= float(value) < (1 if name == "decay" else math.inf):
@@ -52,25 +39,43 @@ def at(step: int, name: str, value: Any) -> Any:
     if not callable(value):
         return value
     found = value(step)
-    check_options(**{name: found})
+    check_numbers(**{name: found})
     return found
 
 
-def _check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     if not any(value is one or (isinstance(value, str) and value == one) for one in known):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
-def check_together(estimator: str, likelihood: Any, structure: str, exact_damping: bool, rank: int | None) -> None:
-    """A ValueError where one option leaves another without effect."""
+def structure_of(structure: Any, *, exact_damping: Any, rank: Any, pi_norm: str | None) -> Structure:
+    """The value that a short form stands for, with these constants; a value stays itself.
+
+    Raises:
+        TypeError, ValueError: none of them, or one option leaves another without effect.
+    """
     if not isinstance(exact_damping, bool):
         raise TypeError(f"exact_damping is {exact_damping!r}, expected True or False")
-    if estimator != "empirical" and likelihood is None:
-        raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
-    if structure != "block-diagonal" and (exact_damping or rank is not None):
-        raise ValueError(f"structure {structure!r} has a damping of its own: exact_damping and rank have no effect")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Real)):
+        raise TypeError(f"rank is {rank!r}, expected an integer")
     if exact_damping and rank is not None:
         raise ValueError("exact_damping takes the whole of A and G, rank a part of them: choose one")
+    if not isinstance(structure, str):
+        if exact_damping or rank is not None or pi_norm is not None:
+            raise ValueError(f"exact_damping, rank and pi_norm have no effect beside structure {structure!r}")
+        if not hasattr(structure, "fitted") or isinstance(structure, type):
+            raise ValueError(
+                f"structure is {structure!r}, expected one of {', '.join(map(repr, SHORT))} or a Structure"
+            )
+        return structure
+    check_choice("structure", structure, list(SHORT))
+    if structure != "block-diagonal" and (exact_damping or rank is not None):
+        raise ValueError(f"structure {structure!r} has a damping of its own: exact_damping and rank have no effect")
+    check_choice("pi_norm", "trace" if pi_norm is None else pi_norm, ("trace", "frobenius", "spectral"))
+    norm = pi_norm or "trace"
+    if rank is not None:
+        return LowRank(rank, norm)  # type: ignore[arg-type]
+    return Exact(norm) if exact_damping else SHORT[structure](norm)
 
 
 def sharing_of(weight_sharing: str | Mapping[str, str], layers: Sequence[Layer]) -> dict[str, str]:
@@ -80,27 +85,31 @@ def sharing_of(weight_sharing: str | Mapping[str, str], layers: Sequence[Layer])
         raise TypeError(f"weight_sharing is {weight_sharing!r}, expected 'expand', 'reduce' or a mapping of names")
     given = dict.fromkeys(names, weight_sharing) if isinstance(weight_sharing, str) else dict(weight_sharing)
     for name, setting in given.items():
-        _check_choice(f"weight_sharing of {name!r}", setting, ("expand", "reduce"))
+        check_choice(f"weight_sharing of {name!r}", setting, ("expand", "reduce"))
     if unknown := sorted(given.keys() - set(names)):
         raise ValueError(f"weight_sharing names {', '.join(unknown)}, expected names of {', '.join(names)}")
     return dict.fromkeys(names, "expand") | given
 
 
-def inverses_of(
-    structure: str,
-    exact_damping: bool,
-    rank: int | None,
-    norm: str,
-    period: Period,
-    layers: Sequence[Layer],
-) -> Inverses:
-    if structure == "block-tridiagonal":
-        return ChainInverse(norm, layers)
-    if structure == "eigen":
-        return EigenInverses(partial(exact, norm=norm), layers)
-    if rank is not None:
-        return Inverses(partial(low_rank, norm=norm, rank=rank))
-    if exact_damping:
-        return Inverses(partial(exact, norm=norm))
-    method = "cholesky" if period == 1 else "explicit"  # what is applied once is not worth an inverse
-    return Inverses(partial(factored, norm=norm, method=method))
+def dtype_of(factor_dtype: torch.dtype | None, layers: Sequence[Layer]) -> torch.dtype:
+    """That of A, G and the inverses: the parameters' own, where it is not half precision."""
+    check_choice("factor_dtype", factor_dtype, (None, torch.float32, torch.float64))
+    dtypes = {p.dtype for layer in layers for p in layer.parameters}
+    return factor_dtype or (torch.float64 if torch.float64 in dtypes else torch.float32)
+
+
+def tensor_of(outputs: Any, returned: Any) -> Tensor:
+    """Which of what the model returns the likelihood is of: `outputs` is a function, or a key, index or attribute."""
+    if outputs is None:
+        found = returned
+    elif callable(outputs):
+        found = outputs(returned)
+    else:
+        is_name = isinstance(outputs, str) and not isinstance(returned, Mapping)
+        found = getattr(returned, outputs) if is_name else returned[outputs]
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"outputs is a {type(found).__name__}, expected a tensor: say with outputs= which of what the model "
+            "returns the likelihood is of, by a function, or a key, index or attribute"
+        )
+    return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from kfaclinalg import LayerFactors
+from kfaclinalg import Diagonal, LayerFactors
 
-from ._capture import Use
-from ._modules import LARGEST, Block, Linear, Rows, second_moment
+from ._blocks import LARGEST, Block, Rows, second_moment
+from ._capture import Pass, Use
+from ._entries import Entries
+from ._linear import Linear
 
 
 class Sums(NamedTuple):
@@ -37,7 +39,7 @@ class Statistic:
     """
 
     def __init__(self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool) -> None:
-        self._all, self.sharing, self.dtype, self.keep = blocks, sharing, dtype, keep
+        self.all, self.sharing, self.dtype, self.keep = blocks, sharing, dtype, keep
         self.sums: dict[Block, Sums] = {}
         self.uses: dict[tuple[int, int], list[tuple[Use, Tensor]]] = {}
         self._rows: dict[Any, tuple[Use, Tensor]] = {}
@@ -61,30 +63,45 @@ class Statistic:
         """One use of a block, and the gradient at its outputs for one draw of the targets."""
         block: Any = use.block
         N, (x, s) = use.examples(), use.pair(g, self.dtype)
-        self._passes[use.of.number] = use.of.examples
+        self.saw(use.of)
         if self.keep:
             self.uses.setdefault((use.of.number, draw), []).append((use, g))
         if self.sharing[block.name] == "reduce" and isinstance(block, Rows):
-            self._pool((block, use.of.number, N, draw), block.pooled_inputs(x, N), block.outputs(x, s, N).sum(1))
-        elif block not in self.blocks and isinstance(block, Linear) and _are_small(x, s):
+            pooled = block.pooled_inputs(x, N, use.mask)
+            self._pool((block, use.of.number, N, draw), pooled, block.outputs(x, s, N).sum(1))
+        elif self._holds(use, x, s):
             self._rows[block] = use, g
         else:
             self._fold(block)
-            A, rows = block.input_moment(x, N) if draw == 0 else (0.0, 0)
+            A, rows = block.input_moment(x, N, use.mask) if draw == 0 else (0.0, 0)
             self._sum(block, A, rows, block.output_moment(x, s, N))
 
+    def add_entries(self, block: Entries, g: Tensor) -> None:
+        """The gradient of a parameter in the sum of the losses of passes that it `saw`."""
+        g = g.detach().to(self.dtype)
+        self._sum(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are positions that do not count."""
+        return any(use.mask is not None for uses in self.uses.values() for use, _ in uses)
+
+    def saw(self, of: Pass) -> None:
+        if of.number not in self._passes:
+            self._passes[of.number] = of.counted
+
     def moments(self, scale: float) -> dict[str, LayerFactors | Held]:
-        """A and G of each block by its name, over all processes; a moment that is a vector is a diagonal.
+        """A and G of each block by its name, over all processes.
 
         `scale` takes a captured gradient to that of one example's loss.
         """
         if several_processes():  # which must exchange the same blocks, whatever each has seen
-            for block in self._all:
+            for block in self.all:
                 self._fold(block)
                 none = [M.to(self.dtype) for M in block.empty_moments()]
                 self._sum(block, none[0], 0, none[1])
         for (block, *_, draw), (a, g, positions) in self._pooled.items():
-            pooled, count = (block.pooled_moment(a / positions), len(a)) if draw == 0 else (0.0, 0)
+            pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
             self._sum(block, pooled, count, second_moment(g))
         self._pooled = {}
         blocks = sorted(self.sums, key=lambda block: block.name)
@@ -94,7 +111,7 @@ class Statistic:
         )
         A, G = moments[: len(sums)], moments[len(sums) :]
         found: dict[str, LayerFactors | Held] = {
-            block.name: LayerFactors(a.to(self.dtype) / r, g.to(self.dtype) / N)
+            block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / N))
             for block, a, r, g in zip(blocks, A, counts, G, strict=True)
             if r
         }
@@ -103,6 +120,11 @@ class Statistic:
             a = block.inputs(x, use.examples()).flatten(0, 1)
             found[block.name] = Held(a, s.reshape(len(a), -1) * (scale * (len(a) / self.examples) ** 0.5))
         return dict(sorted(found.items()))
+
+    def _holds(self, use: Use, x: Tensor, g: Tensor) -> bool:
+        """Whether its rows wait for the average."""
+        plain = isinstance(use.block, Linear) and use.mask is None and not self.keep
+        return plain and use.block not in self.blocks and _are_small(x, g)
 
     def _fold(self, block: Block) -> None:
         """Into the sums with the rows of a block, where any are held."""
@@ -115,10 +137,50 @@ class Statistic:
         old = self.sums.get(block)
         self.sums[block] = Sums(A, rows, G) if old is None else Sums(old.A + A, old.rows + rows, old.G + G)
 
-    def _pool(self, key: Any, pooled: tuple[Tensor, int], g: Tensor) -> None:
+    def _pool(self, key: Any, pooled: tuple[Tensor, Any], g: Tensor) -> None:
         a, positions = pooled
         a_old, g_old, before = self._pooled.get(key, (0.0, 0.0, 0))
         self._pooled[key] = (a_old + a, g_old + g, before + positions)
+
+
+def gather(
+    statistic: Statistic,
+    uses: Sequence[Use],
+    leaves: Mapping[Tensor, Tensor],
+    outputs: Tensor,
+    cotangents: Iterable[Tensor],
+    of: Pass,
+) -> list[bool]:
+    """Send each cotangent back from the outputs to the uses, and to the parameters of which the diagonal is taken.
+
+    `leaves` are what stands for the parameters in the graph. Returns which uses were reached.
+    """
+    entries = [block for block in statistic.all if isinstance(block, Entries)]
+    sources: list[Any] = [*(use.outputs for use in uses), *(leaves[block.parameter] for block in entries)]
+    reached = [False] * len(sources)
+    for draw, cotangent in enumerate(cotangents if sources else ()):
+        slopes = torch.autograd.grad(outputs, sources, cotangent, retain_graph=True, allow_unused=True)
+        reached = [g is not None for g in slopes]
+        for use, g in zip(uses, slopes, strict=False):
+            if g is not None:
+                statistic.add(use, g, draw)
+        for block, g in zip(entries, slopes[len(uses) :], strict=True):
+            if g is not None:
+                statistic.saw(of)
+                statistic.add_entries(block, g)
+    return reached[: len(uses)] if uses else reached
+
+
+def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
+    """Σ ā āᵀ over the examples, of the means ā over the positions that count, and how many examples have any."""
+    if not isinstance(positions, Tensor):
+        return block.pooled_moment(a / positions), len(a)
+    a = a / positions.clamp(min=1).reshape(-1, *[1] * (a.ndim - 1))
+    return block.pooled_moment(a), int((positions > 0).sum())
+
+
+def _as_side(M: Tensor) -> Any:
+    return Diagonal(M) if M.ndim == 1 else M
 
 
 def _are_small(x: Tensor, g: Tensor) -> bool:

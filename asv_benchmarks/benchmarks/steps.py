@@ -49,7 +49,7 @@ def trained(model, x, y, by, optimizer, preconditioner=None):
     def step():
         optimizer.zero_grad()
         outputs = model(x)
-        if preconditioner is not None and preconditioner.estimator == "sampled":
+        if preconditioner is not None and preconditioner.likelihood is not None:
             preconditioner.update(outputs)
         torch.nn.functional.cross_entropy(outputs, y).backward()
         if preconditioner is not None:

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from kfaclinalg import Diagonal, LayerFactors
-from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg_torch import Empirical, KFACPreconditioner
 
 DAMPING = 0.05
 EPS = float(np.finfo(float).eps)
@@ -339,8 +339,10 @@ class Case:
     def loss(self, model: nn.Module, reduction: str = "mean") -> Tensor:
         return getattr(losses(self.likelihood, model(*self.args), self.targets), reduction)()
 
-    def preconditioner(self, estimator: str = "exact", **options: Any) -> KFACPreconditioner:
-        options = {"likelihood": self.likelihood, "damping": DAMPING, "factor_dtype": torch.float64} | options
+    def preconditioner(self, estimator: str = "exact", reduction: str = "mean", **options: Any) -> KFACPreconditioner:
+        self.reduction = reduction
+        own = {"reduction": reduction} if estimator == "empirical" else {"likelihood": self.likelihood}
+        options = own | {"damping": DAMPING, "factor_dtype": torch.float64} | options
         return KFACPreconditioner(self.model, estimator=estimator, **options)
 
     def run(self, estimator: str = "exact", **options: Any) -> KFACPreconditioner:
@@ -352,9 +354,9 @@ class Case:
     def step(self, preconditioner: KFACPreconditioner, change: Callable[[], None] = lambda: None) -> None:
         self.model.zero_grad()
         z = self.model(*self.args)
-        if preconditioner.estimator != "empirical":
+        if not isinstance(preconditioner.estimator, Empirical):
             preconditioner.update(z)
-        getattr(losses(self.likelihood, z, self.targets), preconditioner.reduction)().backward()
+        getattr(losses(self.likelihood, z, self.targets), self.reduction)().backward()
         change()
         preconditioner.step()
 

@@ -31,9 +31,8 @@ def test_parts_of_a_batch_are_the_batch(estimator, parts, reduction, weight_shar
         model = Mixed()
         likelihood = Fixed() if estimator == "fixed" else "categorical"
         kind = "sampled" if estimator == "fixed" else estimator
-        preconditioner = preconditioned(
-            model, kind, likelihood, reduction=reduction, weight_sharing=weight_sharing, damping=0.1
-        )
+        own = {"reduction": reduction} if estimator == "empirical" else {}
+        preconditioner = preconditioned(model, kind, likelihood, weight_sharing=weight_sharing, damping=0.1, **own)
         for part, targets in zip(x.split(sizes), y.split(sizes), strict=True):
             share = len(part) / N if reduction == "mean" else len(part)
             backward(model, preconditioner, part, targets, scale=share)

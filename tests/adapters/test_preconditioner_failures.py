@@ -10,28 +10,30 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten
 from training import ESTIMATORS, assert_near, assert_same, batch, dense, gradients, network, one_step, preconditioned
 
-from kfaclinalg import Kronecker, LayerFactors, LinAlgError
-from kfaclinalg_torch._inverses import Factored, Inverses, exact, factored
+from kfaclinalg import Exact, Factored, Factors, Kronecker, LayerFactors, LinAlgError, block_diagonal_inverse
+from kfaclinalg_torch._inverses import Averaged, Inverses
+
+FACTORED = Factored()
 
 # -- the failure ladder --
 
 
-def refreshed(A, G, damping, build=factored, **inverses):
+def refreshed(A, G, damping, structure=FACTORED):
     """The inverse that one refresh makes of these factors."""
-    found = Inverses(lambda layer, strength: build(layer, strength, "trace"))
-    found.refresh(0, 1, damping, Factored({"layer": LayerFactors(A, G)}, ()))
+    found = Inverses(structure, ())
+    found.refresh(0, 1, damping, Averaged({"layer": LayerFactors(A, G)}, ()))
     return found.inverses["layer"]
 
 
-@pytest.mark.parametrize("build", [factored, exact])
-def test_what_is_not_symmetric_is_symmetrised(build):
+@pytest.mark.parametrize("structure", [Factored(), Exact()])
+def test_what_is_not_symmetric_is_symmetrised(structure):
     A, skew, G = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[0.0, 0.3], [-0.3, 0.0]]), torch.eye(2)
-    assert_near(refreshed(A + skew, G, 0.1, build).to_dense(), refreshed(A, G, 0.1, build).to_dense())
+    assert_near(refreshed(A + skew, G, 0.1, structure).to_dense(), refreshed(A, G, 0.1, structure).to_dense())
 
 
 def test_what_float32_cannot_invert_is_inverted_in_float64():
     A, G, damping = torch.ones(2, 2), torch.eye(2), 1e-18  # 1 + γ is 1 in float32
-    assert not bool(factored(LayerFactors(A, G), damping, "trace").A.isfinite().all())
+    assert not bool(block_diagonal_inverse(Factors((LayerFactors(A, G),)), 1e-9).blocks[0].A.isfinite().all())
     came = refreshed(A, G, damping)
     assert isinstance(came, Kronecker)
     assert came.A.dtype == came.B.dtype == torch.float32
@@ -43,39 +45,46 @@ def test_what_float64_cannot_invert_gets_more_damping_but_not_without_bound():
     c = 1 + 2.0**-23
     A, G = torch.tensor([[1.0, c], [c, 1.0]]), torch.eye(2)  # an eigenvalue is -1.2e-7
     came = refreshed(A, G, 1e-15)
-    expected = factored(LayerFactors(A.double(), G.double()), 1e-13, "trace")  # 10 times is γ = 1e-7, too little
+    wide = Factors((LayerFactors(A.double(), G.double()),))
+    (expected,) = block_diagonal_inverse(wide, 1e-13**0.5).blocks  # 10 times is γ = 1e-7, too little
     torch.testing.assert_close(came.A.double(), expected.A, rtol=1e-5, atol=0)
-    indefinite = Inverses(lambda layer, strength: factored(layer, strength, "trace"))
-    indefinite.refresh(0, 1, 1e-15, Factored({"layer": LayerFactors(torch.diag(torch.tensor([1.0, -1.0])), G)}, ()))
+    indefinite = Inverses(Factored(), ())
+    indefinite.refresh(0, 1, 1e-15, Averaged({"layer": LayerFactors(torch.diag(torch.tensor([1.0, -1.0])), G)}, ()))
     assert indefinite.inverses == {}
 
 
 def test_an_inverse_that_only_float64_holds_is_not_an_inverse():
     """1e45 is finite in float64 and infinite in float32: a NaN in the gradient."""
     singular = torch.diag(torch.tensor([1.0, 0.0]))
-    inverses = Inverses(lambda layer, strength: factored(layer, strength, "trace"))
-    inverses.refresh(0, 1, 1e-90, Factored({"layer": LayerFactors(singular, torch.eye(2))}, ()))
+    inverses = Inverses(Factored(), ())
+    inverses.refresh(0, 1, 1e-90, Averaged({"layer": LayerFactors(singular, torch.eye(2))}, ()))
     ((_, U),) = inverses.apply([("layer", torch.diag(torch.tensor([1.0, 0.0])))])
     assert bool(U.isfinite().all())
 
 
 class Failing:
-    """The `build` of an `Inverses`, which fails on demand for one of the layers."""
+    """A structure which fails on demand for one of the layers."""
 
-    def __init__(self, build, width):
-        self.build, self.width, self.fails, self.tried = build, width, False, []
+    linked = observes = False
 
-    def __call__(self, layer, damping):
-        inverse = self.build(layer, damping)
+    def __init__(self, width):
+        self.width, self.fails, self.tried = width, False, []
+
+    def fitted(self, factors, old):
+        return factors
+
+    def inverse(self, fitted, gamma):
+        inverse = Factored(method="cholesky").inverse(fitted, gamma)
+        (layer,) = fitted.layers
         if layer.A.shape[-1] != self.width:
             return inverse
-        self.tried.append((layer.A.dtype, damping))
+        self.tried.append((layer.A.dtype, pytest.approx(gamma**2)))
         return torch.utils._pytree.tree_map(lambda x: math.nan * x, inverse) if self.fails else inverse
 
 
 def failing(model, width=6, **options):
     preconditioner = preconditioned(model, "exact", inverse_period=1, damping=0.01, **options)
-    preconditioner._inverses.build = build = Failing(preconditioner._inverses.build, width)
+    preconditioner._inverses.structure = build = Failing(width)
     return preconditioner, build
 
 
@@ -88,8 +97,8 @@ def test_the_rungs_of_the_ladder_in_their_order():
     build.fails = True
     one_step(model, preconditioner, *batch())
     assert [dtype for dtype, _ in build.tried[:2]] == [torch.float32, torch.float64]
-    dampings = [damping for _, damping in build.tried]
-    assert dampings[0] == dampings[1] == 0.01
+    dampings = [damping.expected for _, damping in build.tried]
+    assert dampings[0] == dampings[1] == pytest.approx(0.01)
     assert all(low < high for low, high in pairwise(dampings[1:]))
     assert 3 <= len(dampings) <= 10
     assert dampings[-1] <= 1e6 * dampings[0]
@@ -101,7 +110,6 @@ def test_a_layer_that_fails_keeps_its_inverse_and_the_others_get_theirs():
     for M, P in ((model, preconditioner), (other, plain)):
         one_step(M, P, *batch(seed=0))
     build.fails = True
-    plain._inverses.build = Failing(plain._inverses.build, 6)
     kept = plain._inverses.inverses["2"]
     came = one_step(model, preconditioner, *batch(seed=1))
     expected = one_step(other, plain, *batch(seed=1))
@@ -208,5 +216,5 @@ def test_the_squares_of_an_eigenbasis_stay_finite():
             for p in model.parameters():
                 p.grad.fill_(1.0)
         preconditioner.step()
-    assert all(bool(S.isfinite().all()) for S in preconditioner._inverses.squares.values())
+    assert all(bool(S.isfinite().all()) for S in (F.weights for F in preconditioner._inverses.fitted.values()))
     assert all(bool(g.isfinite().all()) for g in gradients(model).values())

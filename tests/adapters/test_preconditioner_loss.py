@@ -132,7 +132,6 @@ def test_one_step_solves_least_squares(options, reduction):
         model,
         likelihood="gaussian",
         estimator="exact",
-        reduction=reduction,
         damping=1e-30,
         factor_dtype=torch.float64,
         **options,

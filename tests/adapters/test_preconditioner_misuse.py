@@ -7,14 +7,27 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from training import ESTIMATORS, Mixed, assert_untouched, attributes, batch, network, one_step, preconditioned
+from training import ESTIMATORS, assert_untouched, attributes, batch, network, one_step, preconditioned
 
-from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg import Eigen, Exact
+from kfaclinalg_torch import KFACPreconditioner, Sampled
 
 MISTAKES = [
     ({"estimator": "fisher"}, "estimator is 'fisher', expected one of"),
     ({"structure": "kfac"}, "structure is 'kfac', expected one of"),
-    ({"reduction": "average"}, "reduction is 'average', expected one of"),
+    ({"likelihood": None, "estimator": "empirical", "reduction": "average"}, "reduction is 'average', expected one of"),
+    ({"reduction": "sum"}, "reduction would have no effect"),
+    ({"estimator": "exact", "samples": 2}, "samples would have no effect"),
+    ({"estimator": "exact", "grad_scaler": object()}, "grad_scaler would have no effect"),
+    ({"estimator": "empirical"}, "likelihood would have no effect"),
+    ({"kl_lr": 0.1}, "kl_lr would have no effect"),
+    ({"structure": Exact(), "rank": 2}, "exact_damping, rank and pi_norm have no effect"),
+    ({"estimator": Sampled(), "samples": 2}, "samples beside estimator"),
+    ({"structure": Eigen}, "structure is"),
+    ({"fallback": "ignore"}, "fallback is 'ignore', expected one of"),
+    ({"layers": {nn.Linear: 3}}, "layers has the rule 3"),
+    ({"layers": {"Linear": nn.Linear}}, "layers has the key 'Linear'"),
+    ({"layers": [nn.Linear]}, "layers is"),
     ({"likelihood": "poisson"}, "likelihood is 'poisson', expected one of"),
     ({"likelihood": object()}, "lacks the methods"),
     ({"likelihood": None}, "likelihood"),
@@ -38,7 +51,7 @@ MISTAKES = [
     ({"samples": -1}, "samples"),
     ({"kl_clip": -1.0}, "kl_clip"),
     ({"kl_clip": math.nan}, "kl_clip"),
-    ({"kl_lr": -1.0}, "kl_lr"),
+    ({"kl_clip": 1.0, "kl_lr": -1.0}, "kl_lr"),
     ({"pi_norm": "nuclear"}, "norm"),
     ({"rank": 0}, "rank"),
     ({"factor_dtype": torch.bfloat16}, "factor_dtype"),
@@ -64,11 +77,6 @@ def test_a_wrong_option_is_refused_at_once_and_leaves_no_hook(options, message):
 def test_a_wrong_keyword_is_refused():
     with pytest.raises(TypeError, match="learning_rate"):
         KFACPreconditioner(network(4, 3), likelihood="categorical", learning_rate=0.1)
-
-
-def test_a_chain_of_other_layers_is_refused():
-    with pytest.raises(ValueError, match=r"block-tridiagonal.*embedding"):
-        preconditioned(Mixed(), structure="block-tridiagonal")
 
 
 @pytest.mark.parametrize("name", ["damping", "inverse_period", "statistics_period", "kl_clip", "kl_lr"])

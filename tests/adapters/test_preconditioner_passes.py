@@ -278,7 +278,7 @@ def test_nothing_of_a_step_lives_longer_and_nothing_grows(estimator, structure, 
     finally:
         gc.enable()
     assert counts[0] == counts[1] == counts[2]
-    assert preconditioner._capture.uses == []
+    assert preconditioner._estimate.capture.uses == []
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -303,4 +303,4 @@ def test_steps_without_a_statistic_keep_nothing():
     x, y = batch(64, 16)
     one_step(model, preconditioner, x, y)
     model(x)
-    assert preconditioner._capture.uses == []
+    assert preconditioner._estimate.capture.uses == []

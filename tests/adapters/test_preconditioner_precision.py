@@ -22,6 +22,12 @@ from training import (
     preconditioned,
 )
 
+
+def scaled(estimator, scaler):
+    """What says that the loss is scaled: the empirical estimator alone takes its gradients."""
+    return {"grad_scaler": scaler} if estimator == "empirical" else {}
+
+
 # -- torch.amp --
 
 
@@ -31,7 +37,7 @@ from training import (
 def test_it_trains_under_autocast(dtype, estimator, make):
     model, (x, y) = make()
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    preconditioner = preconditioned(model, estimator, damping=0.1, grad_scaler=scaler, inverse_period=2)
+    preconditioner = preconditioned(model, estimator, damping=0.1, inverse_period=2, **scaled(estimator, scaler))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     losses = []
     for _ in range(12):
@@ -116,7 +122,7 @@ def test_a_scaled_loss_gives_the_statistics_and_the_step_of_an_unscaled_one(esti
         model, (x, y) = network(4, 8, 3), batch()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        preconditioner = preconditioned(model, estimator, grad_scaler=scaler, inverse_period=2)
+        preconditioner = preconditioned(model, estimator, inverse_period=2, **scaled(estimator, scaler))
         for _ in range(4):
             optimizer.zero_grad()
             outputs = model(x)
@@ -139,7 +145,9 @@ def test_statistics_are_skipped_with_the_step_that_overflows(estimator, at, stru
     model, optimizer, (x, y) = network(4, 8, 3), None, batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000)
-    preconditioner = preconditioned(model, estimator, grad_scaler=scaler, structure=structure, inverse_period=1)
+    preconditioner = preconditioned(
+        model, estimator, structure=structure, inverse_period=1, **scaled(estimator, scaler)
+    )
     for step in range(5):
         before = copy.deepcopy((model.state_dict(), dense(preconditioner.layers)))
         optimizer.zero_grad()
@@ -178,7 +186,7 @@ def test_large_float16_gradients_do_not_look_like_an_overflow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("structure", ["block-diagonal", "eigen"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_factors_are_float32_whatever_the_model_is(dtype, structure, estimator):
+def test_the_factors_follow_the_parameters_half_precision_widened(dtype, structure, estimator):
     (x, y), runs = batch(), []
     for kind in (torch.float32, dtype):
         model = network(4, 8, 3, dtype=dtype).to(kind)  # the same weights
@@ -187,7 +195,8 @@ def test_the_factors_are_float32_whatever_the_model_is(dtype, structure, estimat
         came = one_step(model, preconditioner, x.to(dtype).to(kind), y)
         assert all(g.dtype == kind for g in came.values())
         layers = dense(preconditioner.layers)
-        assert all(M.dtype == torch.float32 for pair in layers.values() for M in pair)
+        own = torch.float64 if kind == torch.float64 else torch.float32
+        assert all(M.dtype == own for pair in layers.values() for M in pair)
         runs.append((came, layers))
     c = 20 * max(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps, 5)
     assert_near(*((found, layers) for found, layers in (runs[1], runs[0])), c=c)

@@ -113,13 +113,13 @@ def test_no_step_is_a_spike(period, structure, monkeypatch):
     sizes = (3, 20, 5, 17, 30, 2, 9, 9, 9, 9, 3)
     model, work = network(*sizes), []
     preconditioner = preconditioned(model, structure=structure, inverse_period=period)
-    build = preconditioner._inverses.build
+    build = preconditioner._inverses._built
 
-    def counted(layer, damping):
+    def counted(name, layer, damping):
         work[-1] += layer.A.shape[-1] ** 3 + layer.G.shape[-1] ** 3
-        return build(layer, damping)
+        return build(name, layer, damping)
 
-    monkeypatch.setattr(preconditioner._inverses, "build", counted)
+    monkeypatch.setattr(preconditioner._inverses, "_built", counted)
     for step in range(2 * period + 1):
         work.append(0)
         x, y = batch(features=3, seed=step)

@@ -114,8 +114,8 @@ X, Y = parity()
         (None, X, Y + 1, r"targets lie in \[1, 2\], expected \[0, 1\] \(categorical\)"),
         (None, X, Y[:, None], r"targets have shape \(256, 1\) for outputs of shape \(256, 2\)"),
         (None, X, Y.tolist(), "expected inputs .* and targets"),
-        (None, X[:, None], Y, r"layer '0' got inputs of shape \(256, 1, 4\), expected \(N, features\)"),
-        (Twice, X, Y, r"every trained layer once a forward pass, got layer \(2 times\), idle \(0 times\)"),
+        (None, X[:, None], Y, r"targets have shape \(256,\) for outputs of shape \(256, 1, 2\)"),
+        (Twice, X, Y, r"expected every trained parameter in a forward pass, got nothing of idle.weight, idle.bias"),
     ],
 )
 def test_mistakes_raise_and_change_nothing(model, inputs, targets, message):
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_model_is_refused():
     optimizer = KFAC(network(4, 3, 2), "categorical")
     optimizer.step(*parity())
     other = KFAC(network(4, 2), "categorical")
-    with pytest.raises(ValueError, match=r"layers with shapes \[\(3, 5\), \(2, 4\)\], expected \[\(2, 5\)\]"):
+    with pytest.raises(ValueError, match=r"layers \{'0': \[3, 5\], '2': \[2, 4\]\}, expected \{'0': \[2, 5\]\}"):
         other.load_state_dict(optimizer.state_dict())
 
 

@@ -8,9 +8,9 @@ from backends import DEVICES
 from torch import nn
 
 from kfaclinalg import KFACOptions
-from kfaclinalg_torch._layers import captured, trained_layers
+from kfaclinalg_torch import KFAC
+from kfaclinalg_torch._batch import Batch
 from kfaclinalg_torch._likelihoods import LIKELIHOODS
-from kfaclinalg_torch._problem import Batch, NetworkProblem
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 N, SIZES = 6, (3, 4, 2, 3)
@@ -27,7 +27,6 @@ def network(inplace=False, bias=True):
 class Case:
     def __init__(self, likelihood, device="cpu", *, model=None, **options):
         self.model = (model or network()).to(device)
-        self.layers = trained_layers(self.model)
         self.likelihood = LIKELIHOODS[likelihood]
         self.inputs = torch.randn(N, SIZES[0], dtype=torch.float64, device=device)
         self.generator = torch.Generator(device).manual_seed(1)
@@ -36,8 +35,10 @@ class Case:
         everything = {"statistics_fraction": 1.0, "curvature_fraction": 1.0, "generator": self.generator}
         self.options = KFACOptions(**(everything | options))
         batch = Batch(self.inputs, self.targets)
-        self.problem = NetworkProblem(self.model, self.layers, self.likelihood, batch, self.options)
-        self.weights = tuple(layer.matrix() for layer in self.layers)
+        optimizer = KFAC(self.model, likelihood, **self.options._asdict())
+        self.layers, self.network = optimizer._layers, optimizer._network
+        self.problem = optimizer._problem(batch, optimizer._capture(), self.options)
+        self.weights = self.network.weights()
 
     def forward(self, weights, inputs):
         """The network by hand, from the matrices W = [weight, bias]."""
@@ -66,7 +67,8 @@ def test_the_gradient_is_that_of_the_mean_loss(likelihood, device):
     case.likelihood.loss(case.model(case.inputs), case.targets).backward()
     assert loss.item() == pytest.approx(case.problem.loss(case.weights).item(), rel=1e-14)
     for layer, part in zip(case.layers, gradient, strict=True):
-        expected = torch.cat([layer.module.weight.grad, layer.module.bias.grad[:, None]], dim=1)
+        weight, bias = layer.parameters
+        expected = torch.cat([weight.grad, bias.grad[:, None]], dim=1)
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-15)
 
 
@@ -146,7 +148,7 @@ def test_subsets_have_their_size_and_follow_the_generator():
     ((share, piece),), pieces = one.chunks(None), list(two.chunks(4))
     assert (share, [share for share, _ in pieces]) == (1.0, [0.4, 0.4, 0.2])
     assert len(set(piece.targets.tolist())) == 10
-    assert torch.equal(piece.inputs[0], piece.targets)
+    assert torch.equal(piece.inputs, piece.targets)
     assert torch.equal(torch.cat([piece.targets for _, piece in pieces]), piece.targets)
     assert len(batch.subset(1e-9, torch.Generator())) == 1
     assert batch.subset(1.0, torch.Generator()) is batch
@@ -173,52 +175,37 @@ def test_layers_without_a_trained_bias_have_no_column_of_ones(monkeypatch):
     assert frozen_bias.problem.loss_and_gradient(frozen_bias.weights)[1][0].shape == (4, 3)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_hook_outlives_the_context(fails):
-    case = Case("gaussian")
-    try:
-        with captured(case.layers):
-            assert all(layer.module._forward_hooks for layer in case.layers)
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert fails
-    assert not any(module._forward_hooks for module in case.model.modules())
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.two.weight = self.one.weight
-
-
 def bias_only():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight.requires_grad_(False)
     return model
 
 
+@pytest.mark.filterwarnings("ignore:KFAC")
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "outside nn.Linear layers: 1.weight, 1.bias"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), "outside nn.Linear layers: 0.weight, 0.bias"),
-        (bias_only, "outside nn.Linear layers: 0.bias"),
-        (Tied, "tied parameters are not supported: one.weight = two.weight"),
-        (nn.ReLU, "the model has no trainable nn.Linear layer"),
-        (lambda: nn.Linear(2, 2).half(), "weight has dtype torch.float16, expected float32 or float64"),
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "1.weight has dtype torch.float64"),
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "1.weight is on meta, expected cpu"),
+        (nn.ReLU, "the model has no parameters to precondition"),
+        (lambda: nn.Linear(2, 2).half(), "has dtype torch.float16, expected float32 or float64"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "1 has dtype torch.float64"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "1 is on meta, expected cpu"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
-        trained_layers(model())
+        KFAC(model(), "gaussian")
 
 
 def test_frozen_layers_are_left_out():
     model = network()
-    model.append(nn.LayerNorm(3).requires_grad_(False))
+    model.append(nn.LayerNorm(3).double().requires_grad_(False))
     model[2].requires_grad_(False)
-    assert [layer.name for layer in trained_layers(model)] == ["0", "4"]
+    optimizer = KFAC(model, "gaussian")
+    assert optimizer.layers == ("0", "4")
+    assert optimizer.skipped == dict.fromkeys(("2.weight", "2.bias", "5.weight", "5.bias"), "frozen")
+
+
+def test_a_bias_by_itself_gets_the_diagonal():
+    with pytest.warns(UserWarning, match="diagonal of the Fisher matrix"):
+        optimizer = KFAC(bias_only(), "gaussian")
+    assert optimizer.fallback.keys() == {"0.bias"}

@@ -112,5 +112,5 @@ def test_the_state_of_another_structure_is_refused():
     one.step()
     other.step()
     for a, b in ((one, other), (other, one)):
-        with pytest.raises(ValueError, match="the state is not one that"):
+        with pytest.raises(ValueError, match="the state was made with structure"):
             a.held.load_state_dict(b.held.state_dict())

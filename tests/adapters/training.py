@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kfaclinalg import Diagonal
-from kfaclinalg_torch import Categorical, KFACPreconditioner
+from kfaclinalg_torch import Categorical, Empirical, KFACPreconditioner
 
 ESTIMATORS = ["sampled", "exact", "empirical"]
 
@@ -56,7 +56,7 @@ def preconditioned(model, estimator="sampled", likelihood="categorical", seed=0,
 def backward(model, preconditioner, x, y, *, scale=1.0, loss=functional.cross_entropy):
     """One forward and one backward pass, as in the docstring of the class."""
     outputs = model(x)
-    if preconditioner is not None and preconditioner.estimator != "empirical":
+    if preconditioner is not None and not isinstance(preconditioner.estimator, Empirical):
         preconditioner.update(outputs)
     (scale * loss(outputs, y)).backward()
     return outputs.detach()

@@ -1,0 +1,71 @@
+"""The examples of a mini-batch, its subsets and its pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Batch:
+    """`inputs` and `targets`, the examples along the first dimension of each tensor in them.
+
+    The inputs are what the model takes: a tensor, a tuple of arguments or a dictionary of them by name. A subset holds
+    only which `examples` it consists of, so that no more than a chunk of them is ever copied. `mask` says which
+    positions count.
+    """
+
+    def __init__(
+        self, inputs: Any, targets: Tensor, mask: Tensor | None = None, examples: Any = None, place: int = 0
+    ) -> None:
+        self.inputs, self.targets, self.mask = inputs, targets, mask
+        self.examples = examples  # None: all
+        self.place = place  # among the chunks of a batch
+        tensors = [*tree_leaves(inputs), targets, *([] if mask is None else [mask])]
+        if len(tensors) < 2 or not all(isinstance(x, Tensor) and x.ndim > 0 for x in tensors):
+            raise ValueError(
+                "expected inputs (a tensor, a tuple or a dictionary of tensors) and targets (a tensor), the batch first"
+            )
+        sizes = [x.shape[0] for x in tensors]
+        if len(set(sizes)) > 1 or sizes[0] == 0:
+            raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
+
+    def __len__(self) -> int:
+        return int((self.targets if self.examples is None else self.examples).shape[0])
+
+    @property
+    def counted(self) -> int:
+        """The examples of which any position counts."""
+        if self.mask is None:
+            return len(self)
+        mask = self.mask if self.examples is None else self.mask[self.examples]
+        return int(mask.reshape(len(mask), -1).any(1).sum())
+
+    def call(self, model: nn.Module) -> Any:
+        """What the model returns."""
+        if isinstance(self.inputs, dict):
+            return model(**self.inputs)
+        return model(*self.inputs) if isinstance(self.inputs, tuple) else model(self.inputs)
+
+    def subset(self, fraction: float, generator: torch.Generator) -> Batch:
+        """A random fraction of the examples, one at least."""
+        size = max(1, round(fraction * len(self)))
+        if size == len(self):
+            return self
+        order = torch.randperm(len(self), generator=generator, device=generator.device)
+        return Batch(self.inputs, self.targets, self.mask, order[:size].to(self.targets.device))
+
+    def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
+        """The batch in pieces of at most `size` examples, each with its share of the whole."""
+        size, whole = size or len(self), self.counted
+        for place, start in enumerate(range(0, len(self), size)):
+            part = slice(start, start + size)
+            examples: Any = part if self.examples is None else self.examples[part]
+            mask = None if self.mask is None else self.mask[examples]
+            piece = Batch(
+                tree_map(lambda x, at=examples: x[at], self.inputs), self.targets[examples], mask, place=place
+            )
+            yield piece.counted / max(whole, 1), piece

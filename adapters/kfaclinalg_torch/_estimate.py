@@ -1,0 +1,207 @@
+"""The estimate of a model's curvature from the passes of a training loop: what they show, averaged over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+
+from kfaclinalg import LayerFactors, OuterProduct
+
+from ._averages import Averages
+from ._capture import Capture, Use, misjudged
+from ._discovery import Found
+from ._entries import Entries
+from ._estimators import Empirical, signs
+from ._inverses import Averaged, Inverses
+from ._likelihoods import Likelihood, masked
+from ._linear import Linear
+from ._settings import tensor_of
+from ._statistics import Statistic, gather, several_processes
+
+
+def in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients, and without autocast, which would take products in half precision."""
+
+    @wraps(f)
+    def wrapped(self: Any, *args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return f(self, *args)
+
+    return wrapped
+
+
+class Estimate:
+    """A and G of each layer: the capture, the statistic of this step and the averages over all steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Found,
+        *,
+        estimator: Any,
+        likelihood: Likelihood | None,
+        sharing: dict[str, str],
+        decay: float,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        outputs: Any,
+        mask: Any,
+        settled: Callable[[dict[Any, str]], None],
+    ) -> None:
+        self.found, self.estimator, self.likelihood, self.sharing = found, estimator, likelihood, sharing
+        self.dtype, self.generator, self.outputs, self.mask = dtype, generator, outputs, mask
+        self.device = found.layers[0].parameters[0].device
+        self.averages = Averages(decay)
+        self.rejected = 0
+        self.due = self.keep = self._estimating = False
+        self.settled: Callable[..., Any] | None = WeakMethod(settled)
+        self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
+        self._last: Any = None  # the outputs of the last pass, its number and what the diagonal is taken of
+
+    def begin(self, due: bool, keep: bool) -> None:
+        """A new statistic, if this step takes one; `keep` where more than A and G is made of it."""
+        self.due, self.keep = due, keep
+        self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep)
+        self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
+        self._last = None
+
+    def update(self, returned: Any) -> None:
+        """Take the statistics of the forward pass that returned this."""
+        outputs = tensor_of(self.outputs, returned)
+        if not outputs.requires_grad:
+            raise ValueError("outputs is a tensor without gradients, expected one of a pass with gradients enabled")
+        if not self.due or self.capture.paused:
+            return
+        uses, now = self.capture.uses, self.capture.now
+        parameters = {block.parameter: block.parameter for block in self._entries}
+        cotangents = self._cotangents(outputs)
+        self._estimating = True
+        try:
+            reached = self._gather(uses, parameters, outputs, cotangents, now)
+        finally:
+            self._estimating = False
+        if not outputs.numel():
+            return  # the other processes may have examples, and wait in `step`
+        if not any(reached):
+            raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
+        self.capture.uses = [use for use, done in zip(uses, reached, strict=False) if not done]
+
+    def average(self, gradients: Sequence[Tensor], inverses: Inverses) -> dict[str, Any] | None:
+        """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
+        new, links = self.statistic.moments(self.scale), inverses.links(self.statistic, self.scale)
+        checked = [M.d if hasattr(M, "d") else M for found in new.values() for M in found] + list(gradients)
+        extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
+        if not bool(torch.isfinite(torch.stack(extremes)).all()):
+            self.rejected += 1
+            return None
+        self.averages.take(new, links)
+        return new
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to average, in this process or another."""
+        return not self.statistic.empty or (self.due and several_processes())
+
+    @property
+    def scale(self) -> float:
+        """What takes a captured gradient to that of one example's loss."""
+        return self.estimator.scale(self.statistic.examples) if isinstance(self.estimator, Empirical) else 1.0
+
+    @property
+    def averaged(self) -> Averaged:
+        """The averages of the layers, with each weight that is shared once."""
+        layers = {layer.name: layer.factors(self.averages.layers) for layer in self.found.layers}
+        known: dict[str, LayerFactors] = {name: layer for name, layer in layers.items() if layer is not None}
+        return Averaged(known, self.averages.links)
+
+    def _cotangents(self, outputs: Tensor) -> Iterator[Tensor]:
+        passes = {use.of for use in self.capture.uses} or {self.capture.now}
+        if len(passes) > 1:  # whose outputs these are
+            edges: list[Any] = [use.outputs for use in self.capture.uses]
+            slopes = torch.autograd.grad(outputs.sum(), edges, retain_graph=True, allow_unused=True)
+            passes = {use.of for use, g in zip(self.capture.uses, slopes, strict=True) if g is not None} or passes
+        of = max(passes, key=lambda one: one.number)
+        likelihood: Any = self.likelihood
+        examples = max(one.examples for one in passes)
+        return self.estimator.cotangents(masked(likelihood, of.mask, outputs), outputs, examples, self.generator)
+
+    @in_full_precision
+    def _gather(self, *args: Any) -> list[bool]:
+        return gather(self.statistic, *args)
+
+    def _mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        mask = self.mask(*args, **kwargs) if callable(self.mask) else self.mask
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+            raise TypeError(f"mask gives a {getattr(mask, 'dtype', type(mask).__name__)}, expected a boolean tensor")
+        return mask
+
+    def _keeps(self, use: Use) -> bool:
+        """Whether `update` needs it."""
+        return self.due and not isinstance(self.estimator, Empirical)
+
+    def _follows(self, use: Use) -> bool:
+        """Whether its gradient in the loss's backward pass is needed."""
+        return (self.due and isinstance(self.estimator, Empirical)) or self._may_be_outer(use)
+
+    def _may_be_outer(self, use: Use) -> bool:
+        block, x = use.block, use.inputs
+        fits = isinstance(block, Linear) and block.whole and x.ndim == 2 and x.device.type == "cpu"
+        return fits and use.mask is None and OuterProduct.pays((len(block.parameters[0]), x.shape[1]), len(x))
+
+    @in_full_precision
+    def _arrived(self, use: Use, g: Tensor) -> None:
+        if self._estimating:
+            return
+        if self.due and isinstance(self.estimator, Empirical):
+            self.statistic.add(use, g)
+        if self._may_be_outer(use) and g.dtype == self.dtype:
+            self.training.setdefault(use.block, []).append((use, g))
+
+    def _ended(self, returned: Any) -> None:
+        """After the first pass see which layers are none; follow the outputs where a loss's diagonal is wanted."""
+        outputs = self._outputs(returned)
+        if outputs is None or not self.due:
+            return
+        if self.settled is not None and outputs.numel():
+            settled, self.settled = self.settled(), None
+            settled(misjudged(self.capture, self.found, outputs))
+        entries = self._entries
+        if isinstance(self.estimator, Empirical) and entries:
+            self._last = outputs, self.capture.now, entries
+            outputs.register_hook(partial(self._signed, self.capture.now.number))
+
+    @property
+    def _entries(self) -> list[Entries]:
+        return [block for block in self.found.blocks if isinstance(block, Entries)]
+
+    def _outputs(self, returned: Any) -> Tensor | None:
+        """The outputs, where they can be told."""
+        try:
+            outputs = tensor_of(self.outputs, returned)
+        except (ValueError, KeyError, IndexError, AttributeError):
+            return None
+        return outputs if outputs.requires_grad else None
+
+    @in_full_precision
+    def _signed(self, number: int, g: Tensor) -> None:
+        """Σ ε_n ∂L_n/∂p, with a random sign for each example."""
+        if self._estimating or self._last is None or self._last[1].number != number:
+            return
+        outputs, of, entries = self._last
+        N = of.examples if of.examples and len(g) % of.examples == 0 else len(g)
+        cotangent = (signs(N, self.generator, g) * g.reshape(N, -1)).reshape(g.shape)
+        self._estimating = True
+        try:
+            parameters = [block.parameter for block in entries]
+            slopes = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=True, allow_unused=True)
+        finally:
+            self._estimating = False
+        for block, slope in zip(entries, slopes, strict=True):
+            if slope is not None:
+                self.statistic.saw(of)
+                self.statistic.add_entries(block, slope)
