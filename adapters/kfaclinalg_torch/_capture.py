@@ -196,11 +196,11 @@ class Capture:
             output.register_hook(partial(self.arrived, use))
 
 
-def misjudged(capture: Capture, found: Found, outputs: Tensor, leaves: Any = None) -> dict[Layer, str]:
+def misjudged(capture: Capture, found: Found, outputs: Tensor | None) -> dict[Layer, str]:
     """The layers that a first pass, which gave these outputs, has shown to be none, and why.
 
-    Their modules do something else than their rule says, or their weights are used without calling them. `leaves` are
-    what stands for the parameters in the graph.
+    Their modules do something else than their rule says, or their weights are used without calling them. Where the
+    outputs are not known the gradients tell.
     """
     reasons = {block: why for module, why in capture.others.items() for block in found.sites[module].blocks}
     gone = {layer: reasons[block] for layer in found.layers for block in layer.blocks if block in reasons}
@@ -210,8 +210,10 @@ def misjudged(capture: Capture, found: Found, outputs: Tensor, leaves: Any = Non
         if layer not in gone and not any(b in capture.called or isinstance(b, Entries) for b in layer.blocks)
     ]
     if silent:
-        parameters = [leaves[p] if leaves else p for p in (layer.parameters[0] for layer in silent)]
-        slopes = torch.autograd.grad(outputs.sum(), parameters, retain_graph=True, allow_unused=True)
+        parameters = [layer.parameters[0] for layer in silent]
+        slopes: Any = [p.grad for p in parameters]
+        if outputs is not None:
+            slopes = torch.autograd.grad(outputs.sum(), parameters, retain_graph=True, allow_unused=True)
         used = (layer for layer, g in zip(silent, slopes, strict=True) if g is not None)
         gone |= dict.fromkeys(used, "its weights are used without a call of the module")
     return gone

@@ -77,6 +77,7 @@ class Estimate:
             raise ValueError("outputs is a tensor without gradients, expected one of a pass with gradients enabled")
         if not self.due or self.capture.paused:
             return
+        self._settle(outputs)
         uses, now = self.capture.uses, self.capture.now
         parameters = {block.parameter: block.parameter for block in self._entries}
         cotangents = self._cotangents(outputs)
@@ -93,6 +94,7 @@ class Estimate:
 
     def average(self, gradients: Sequence[Tensor], inverses: Inverses) -> dict[str, Any] | None:
         """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
+        self._settle(None)
         new, links = self.statistic.moments(self.scale), inverses.links(self.statistic, self.scale)
         checked = [M.d if hasattr(M, "d") else M for found in new.values() for M in found] + list(gradients)
         extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
@@ -164,16 +166,20 @@ class Estimate:
 
     def _ended(self, returned: Any) -> None:
         """After the first pass see which layers are none; follow the outputs where a loss's diagonal is wanted."""
-        outputs = self._outputs(returned)
-        if outputs is None or not self.due:
+        if not self.due:
             return
-        if self.settled is not None and outputs.numel():
-            settled, self.settled = self.settled(), None
-            settled(misjudged(self.capture, self.found, outputs))
+        if (outputs := self._outputs(returned)) is not None:
+            self._settle(outputs)
         entries = self._entries
         if isinstance(self.estimator, Empirical) and entries:
+            outputs = tensor_of(self.outputs, returned)
             self._last = outputs, self.capture.now, entries
             outputs.register_hook(partial(self._signed, self.capture.now.number))
+
+    def _settle(self, outputs: Tensor | None) -> None:
+        if self.settled is not None and (outputs is None or outputs.numel()):
+            settled, self.settled = self.settled(), None
+            settled(misjudged(self.capture, self.found, outputs))
 
     @property
     def _entries(self) -> list[Entries]:

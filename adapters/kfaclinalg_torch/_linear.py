@@ -37,6 +37,7 @@ class Linear(Dense):
 
     @property
     def whole(self) -> bool:
+        """Whether its W is the weight as it stands, beside the bias."""
         return self.part == slice(None) and self.weight is not None and not self.transposed
 
     def matrix(self, like: Like) -> Tensor:
@@ -66,6 +67,10 @@ class Bilinear(Linear):
 
     def seen(self, x: Tensor, *others: Any) -> Tensor:
         return (x[..., :, None] * others[0].detach()[..., None, :]).flatten(-2)
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     def _tensors(self, like: Like) -> list[Tensor]:
         return [t.flatten(1) if t.ndim > 1 else t for t in super()._tensors(like)]

@@ -91,4 +91,5 @@ def is_root_mean_square(module: nn.Module) -> bool:
 
 def root_mean_square(module: Any, x: Tensor) -> Tensor:
     """What an RMSNorm of a class of one's own returns, as most of them write it."""
-    return module.weight * normalised(module, x.float()).to(x.dtype)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return module.weight * normalised(module, wide).to(x.dtype)

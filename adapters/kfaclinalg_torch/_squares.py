@@ -36,19 +36,20 @@ def squared_gradients(statistic: Statistic, block: Dense, K_A: Tensor, K_G: Tens
     """Σ (K_Gᵀ ∇W K_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n)."""
     total = K_A.new_zeros(*K_A.shape[:-2], K_G.shape[-1], K_A.shape[-1])
     for pairs in statistic.uses.values():
-        rows, slopes = [], []
+        rows, slopes, counted = [], [], []
         for use, g in (pair for pair in pairs if pair[0].block is block):
             N, (x, s) = use.examples(), use.pair(g, statistic.dtype)
             a = block.inputs(x, N)
-            if use.mask is not None:
-                a = a * use.mask.reshape(N, -1, *[1] * (a.ndim - 2))
-            rows.append(a)
+            counts = a.new_ones(a.shape[:2]) if use.mask is None else use.mask.reshape(N, -1).to(a)
+            rows.append(a * counts.reshape(N, -1, *[1] * (a.ndim - 2)) if use.mask is not None else a)
+            counted.append(counts)
             slopes.append(block.outputs(x, s, N))
         if not rows:
             continue
         a, g = torch.cat(rows, dim=1), torch.cat(slopes, dim=1)  # of all positions that an example's gradient sums
         if statistic.sharing[block.name] == "reduce":
-            a, g = a.mean(1, keepdim=True), g.sum(1, keepdim=True)
+            R = torch.cat(counted, dim=1).sum(1).clamp(min=1).reshape(-1, *[1] * (a.ndim - 1))
+            a, g = a.sum(1, keepdim=True) / R, g.sum(1, keepdim=True)
         total = total + _summed_squares(_projected(a, K_A), _projected(g, K_G))
     return total
 

@@ -1,0 +1,412 @@
+"""The open table: rules against the dense Fisher matrix by torch.func, subclasses, rules of one's own, the fallback."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional
+from training import ESTIMATORS
+
+from kfaclinalg import Diagonal
+from kfaclinalg_torch import KFAC, Embedding, KFACPreconditioner, Linear, Rule
+
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:There is a performance drop")]
+EPS = float(np.finfo(float).eps)
+
+
+def fisher(model, x, *names, y=None):
+    """The dense Fisher matrix of these parameters of a softmax model, mean over the examples; with targets that of the
+    loss's own gradients."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    held = {name: params.pop(name) for name in names}
+    sizes = [p.numel() for p in held.values()]
+
+    def of(theta, example):
+        parts = theta.split(sizes)
+        given = {name: part.reshape(p.shape) for (name, p), part in zip(held.items(), parts, strict=True)}
+        return functional_call(model, params | given, tuple(t[None] for t in example)).flatten()
+
+    theta, total = torch.cat([p.flatten() for p in held.values()]), 0.0
+    for n in range(len(x[0])):
+        example = tuple(t[n] for t in x)
+        J, p = jacrev(of)(theta, example), of(theta, example).softmax(-1)
+        if y is None:
+            total = total + J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+        else:
+            g = J.T @ (p - functional.one_hot(y[n], len(p)))
+            total = total + torch.outer(g, g)
+    return total / len(x[0])
+
+
+def preconditioned(model, x, y=None, estimator="exact", **options):
+    own = {} if estimator == "empirical" else {"likelihood": "categorical"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preconditioner = KFACPreconditioner(model, estimator=estimator, damping=0.1, **own, **options)
+        z = model(*x)
+    if estimator != "empirical":
+        preconditioner.update(z)
+    functional.cross_entropy(z, torch.zeros(len(z), dtype=torch.int64) if y is None else y).backward()
+    preconditioner.step()
+    return preconditioner
+
+
+class Head(nn.Module):
+    """A layer between a Linear and a head."""
+
+    def __init__(self, layer, n=4, m=5, *, twice=False):
+        super().__init__()
+        self.first, self.layer, self.head, self.twice = nn.Linear(3, n), layer, nn.Linear(m, 3), twice
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        y = self.layer(x, x + 1) if self.twice else self.layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return self.head(torch.tanh(y[:, -1] if y.ndim == 3 else y))
+
+
+class Conv1D(nn.Module):
+    """As in transformers, by the name of its class and module."""
+
+    def __init__(self, m, n):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n, m)), nn.Parameter(torch.randn(m))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
+class OwnRMSNorm(nn.Module):
+    def __init__(self, n, offset=False):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.offset = nn.Parameter(torch.rand(n) + 0.5), 1e-6, offset
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return torch.sin(x) if self.offset else self.weight * x
+
+
+def column(model, x, layer, *names):
+    """One example and one position: A ⊗ G is the block of the Fisher matrix, exactly."""
+    F = fisher(model, x, *names)
+    A, G = (M.to_dense() if isinstance(M, Diagonal) else M for M in layer)
+    return torch.kron(A, G), F
+
+
+def turned(F, m, n, bias=True):
+    """From the order of (weight (m, n), bias) row by row to vec [weight, bias] column by column."""
+    order = torch.cat([torch.arange(m * n).view(m, n), m * n + torch.arange(m)[:, None]], 1) if bias else None
+    order = torch.arange(m * n).view(m, n) if order is None else order
+    return F[order.T.flatten()][:, order.T.flatten()]
+
+
+@pytest.mark.parametrize("name", ["Linear", "Bilinear", "Conv1D", "RNNCell", "GRUCell", "LSTMCell"])
+def test_a_rule_has_the_exact_fisher_block_of_one_example(name):
+    torch.manual_seed(0)
+    made = {
+        "Linear": lambda: (Head(nn.Linear(4, 5)), "layer", 5, 4),
+        "Bilinear": lambda: (Head(nn.Bilinear(4, 4, 5), twice=True), "layer", 5, 16),
+        "Conv1D": lambda: (Head(Conv1D(5, 4)), "layer", 5, 4),
+        "RNNCell": lambda: (Head(nn.RNNCell(4, 5)), "layer.ih", 5, 4),
+        "GRUCell": lambda: (Head(nn.GRUCell(4, 5)), "layer.ih", 15, 4),
+        "LSTMCell": lambda: (Head(nn.LSTMCell(4, 5)), "layer.ih", 20, 4),
+    }
+    model, block, m, n = made[name]()
+    x = (torch.randn(1, 3),)
+    layer = preconditioned(model, x).layers[block]
+    suffix = "_ih" if "Cell" in name else ""
+    F = fisher(model, x, f"layer.weight{suffix}", f"layer.bias{suffix}")
+    if name == "Conv1D":  # its weight is (inputs, outputs)
+        rows = torch.cat([torch.arange(n * m).view(n, m).T.flatten(), n * m + torch.arange(m)])
+        F = F[rows][:, rows]
+    torch.testing.assert_close(torch.kron(*layer), turned(F, m, n), rtol=1e-10, atol=1e-14)
+
+
+def test_the_recurrent_matrix_of_one_step_is_exact():
+    """From a given state, one step: A is that of the state, and G that of its gates."""
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x, h):
+            return self.head(self.cell(x, h))
+
+    torch.manual_seed(0)
+    model, x = Step(), (torch.randn(1, 3), torch.randn(1, 4))
+    layer = preconditioned(model, x).layers["cell.hh"]
+    F = fisher(model, x, "cell.weight_hh", "cell.bias_hh")
+    torch.testing.assert_close(torch.kron(*layer), turned(F, 12, 4), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_shares_its_weights_over_time(kind, sharing):
+    """A and G of a layer that is its own cell, called step by step: every step is a use of the cell's weights."""
+
+    class ByHand(nn.Module):
+        def __init__(self, layer, head):
+            super().__init__()
+            cell = {nn.RNN: nn.RNNCell, nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell}[kind]
+            self.cell, self.head = cell(4, 5), head
+            for suffix in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                setattr(self.cell, suffix, getattr(layer, f"{suffix}_l0"))
+
+        def forward(self, x):
+            h = (x.new_zeros(len(x), 5),) * 2 if kind is nn.LSTM else x.new_zeros(len(x), 5)
+            for step in x.unbind(1):
+                h = self.cell(step, h)
+            return self.head(h[0] if kind is nn.LSTM else h)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x = Whole(), (torch.randn(6, 7, 4),)
+    one = preconditioned(model, x, weight_sharing=sharing).layers
+    other = preconditioned(ByHand(model.layer, model.head), x, weight_sharing=sharing).layers
+    for kind_of in ("ih", "hh"):
+        for came, expected in zip(one[f"layer.{kind_of}_l0"], other[f"cell.{kind_of}"], strict=True):
+            torch.testing.assert_close(came, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_an_rmsnorm_of_a_class_of_ones_own_has_the_exact_blocks_of_its_channels():
+    torch.manual_seed(0)
+    model, x = Head(OwnRMSNorm(4), m=4), (torch.randn(6, 3),)
+    preconditioner = preconditioned(model, x)
+    assert preconditioner.fallback == preconditioner.skipped == {}
+    F = fisher(model, x, "layer.weight")
+    G = preconditioner.layers["layer"].G
+    torch.testing.assert_close(G[:, 0, 0], F.diagonal(), rtol=1e-10, atol=1e-14)
+
+
+# -- what is not its rule --
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Reshaped(nn.Linear):
+    """Its parent's formula, in its own words."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.head = nn.Conv2d(1, 5, 3), LayerNorm2d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.first(x.reshape(-1, 1, 1, 3).expand(-1, 1, 4, 3))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("make", [lambda: Head(Doubled(4, 5)), Image, lambda: Head(OwnRMSNorm(4, offset=True), m=4)])
+def test_a_forward_pass_of_its_own_gets_the_diagonal(make, estimator):
+    torch.manual_seed(0)
+    model, x, y = make(), (torch.randn(6, 3),), torch.randint(3, (6,))
+    own = {} if estimator == "empirical" else {"likelihood": "categorical"}
+    preconditioner = KFACPreconditioner(model, estimator=estimator, **own)
+    with pytest.warns(UserWarning, match="one of its own") if "used" else None:
+        z = model(*x)
+    names = {name for name, _ in model.named_parameters() if name.startswith("layer")}
+    assert preconditioner.fallback.keys() == names
+    if estimator != "empirical":
+        preconditioner.update(z)
+    functional.cross_entropy(z, y).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    preconditioner.step()
+    assert "layer" not in preconditioner.layers
+    assert not any(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_a_class_that_does_what_its_parent_does_is_taken_for_it():
+    torch.manual_seed(0)
+    model, x = Head(Reshaped(4, 5)), (torch.randn(6, 3),)
+    preconditioner = preconditioned(model, x)
+    assert preconditioner.fallback == {}
+    other = Head(nn.Linear(4, 5))
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(preconditioner.layers, preconditioned(other, x).layers)
+
+
+def test_the_user_may_say_what_a_class_is():
+    torch.manual_seed(0)
+    model, x = Head(Doubled(4, 5)), (torch.randn(6, 3),)
+    preconditioner = preconditioned(model, x, layers={Doubled: nn.Linear})
+    assert preconditioner.fallback == {}
+    assert "layer" in preconditioner.layers
+
+
+def test_a_rule_of_ones_own():
+    def blocks(name, module):
+        yield Linear(f"{name}.map", module.weight)
+
+    def forward(module, see, x):
+        s = 2 * x @ module.weight.T
+        see("map", 2 * x, s, None)
+        return s + module.bias
+
+    torch.manual_seed(0)
+    model, x = Head(Doubled(4, 5)), (torch.randn(1, 3),)
+    preconditioner = preconditioned(model, x, layers={Doubled: Rule(blocks, forward)})
+    assert preconditioner.fallback.keys() == {"layer.bias"}
+    F = turned(fisher(model, x, "layer.weight"), 5, 4, bias=False)
+    torch.testing.assert_close(torch.kron(*preconditioner.layers["layer.map"]), F, rtol=1e-10, atol=1e-14)
+
+
+def test_a_function_of_blocks_is_a_rule():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.head = nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 3)
+
+        def forward(self, i):
+            return self.head(torch.tanh(self.rows[i]))
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = Table()
+
+        def forward(self, i):
+            return self.table(i)
+
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(7, 4))
+
+        def forward(self, i):
+            return self.weight[i]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Lookup(), nn.Tanh(), nn.Linear(4, 3))
+    rule = {Lookup: lambda name, module: [Embedding(name, module.weight)]}
+    layer = preconditioned(model, (torch.tensor([1, 1, 3]),), layers=rule).layers["0"]
+    assert layer.A.d.tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0, 0, 0])
+
+
+class Functional(nn.Module):
+    """Weights that are used without a call of their module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return functional.linear(torch.tanh(self.first(x)), self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_weights_that_are_used_without_a_call_get_the_diagonal(estimator):
+    torch.manual_seed(0)
+    model, x, y = Functional(), (torch.randn(6, 3),), torch.randint(3, (6,))
+    preconditioner = preconditioned(model, x, y, estimator)
+    assert preconditioner.fallback.keys() == {"layer.weight", "layer.bias"}
+    assert preconditioner.layers.keys() == {"first", "layer.weight", "layer.bias"}
+
+
+# -- the diagonal of the Fisher matrix --
+
+
+class Token(nn.Module):
+    """A class token and a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.token, self.scale = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.head(self.scale * torch.tanh(self.first(x) + self.token))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_diagonal_of_the_fallback_is_unbiased(estimator):
+    """The mean over many draws is the diagonal of the dense matrix, within 5 standard errors."""
+    torch.manual_seed(0)
+    model, x, y = Token(), (torch.randn(5, 3),), torch.randint(3, (5,))
+    own = {} if estimator == "empirical" else {"likelihood": "categorical"}
+    with pytest.warns(UserWarning, match="diagonal of the Fisher matrix"):
+        preconditioner = KFACPreconditioner(
+            model, estimator=estimator, generator=torch.Generator().manual_seed(0), inverse_period=1000, **own
+        )
+    found = {"token": [], "scale": []}
+    estimate = preconditioner._estimate
+    for _ in range(1500):
+        estimate.begin(True, False)
+        model.zero_grad()
+        z = model(*x)
+        if estimator != "empirical":
+            preconditioner.update(z)
+        else:
+            functional.cross_entropy(z, y).backward()
+        moments = estimate.statistic.moments(estimate.scale)
+        for name, samples in found.items():
+            samples.append(moments[name].G.d)
+        estimate.capture.uses = []
+    preconditioner.remove()
+    for name, draws in found.items():
+        samples = torch.stack(draws)
+        expected = fisher(model, x, name, y=y if estimator == "empirical" else None).diagonal()
+        error = samples.std(0) / len(samples) ** 0.5
+        assert bool(((samples.mean(0) - expected).abs() <= 5 * error + 1e-12).all())
+        assert float((error / expected).max()) < 0.1  # so that a factor would show
+
+
+def test_a_step_of_the_diagonal_is_damped_as_the_others_are():
+    torch.manual_seed(0)
+    model, x = Token(), (torch.randn(5, 3),)
+    preconditioner = preconditioned(model, x)
+    A, G = preconditioner.layers["scale"]
+    model.zero_grad()
+    functional.cross_entropy(model(*x), torch.zeros(5, dtype=torch.int64)).backward()
+    V = model.scale.grad.clone()
+    with preconditioner.paused():
+        preconditioner._precondition()
+    gamma, pi = 0.1**0.5, (A[0, 0] / G.d.mean()) ** 0.5
+    torch.testing.assert_close(model.scale.grad, V / ((A[0, 0] + pi * gamma) * (G.d + gamma / pi)))
+
+
+def test_without_a_fallback_they_are_left_alone_and_listed():
+    model = Token()
+    with pytest.warns(UserWarning, match="leaves some gradients as they are"):
+        preconditioner = KFACPreconditioner(model, likelihood="categorical", fallback="none")
+    assert preconditioner.fallback == {}
+    assert preconditioner.skipped.keys() == {"token", "scale"}
+    with pytest.warns(UserWarning, match="leaves some gradients as they are"):
+        optimizer = KFAC(model, "categorical", fallback="none")
+    before = model.token.detach().clone()
+    optimizer.step(torch.randn(5, 3), torch.randint(3, (5,)))
+    assert torch.equal(model.token, before)
+
+
+def test_frozen_parameters_are_listed():
+    model = Token()
+    model.token.requires_grad_(False)
+    model.first.requires_grad_(False)
+    with pytest.warns(UserWarning, match="scale: no Kronecker factorisation of a Token"):
+        preconditioner = KFACPreconditioner(model, likelihood="categorical")
+    assert preconditioner.skipped == dict.fromkeys(("token", "first.weight", "first.bias"), "frozen")
