@@ -86,6 +86,11 @@ class Rows(Block):
 class Dense(Rows):
     """A block with a dense A, which can have an eigenbasis and neighbours."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """That of W."""
+
     @abstractmethod
     def inputs(self, x: Tensor, N: int) -> Tensor:
         """a (N, R, ..., n)."""

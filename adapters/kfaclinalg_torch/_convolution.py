@@ -27,6 +27,11 @@ class Convolution(Dense):
         return (len(x), *patches.grid_of(self.module, x).outputs)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        g, m, n = patches.matrix_of_weight(self.module, self.weight.detach()).shape
+        return (m, n + (self.bias is not None)) if g == 1 else (g, m, n + (self.bias is not None))
+
+    @property
     def batched_ndim(self) -> int:  # type: ignore[override]
         return 2 + len(self.module.kernel_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from kfaclinalg import LayerFactors, OuterProduct
 
 from ._averages import Averages
+from ._blocks import Dense
 from ._capture import Capture, Use, misjudged
 from ._discovery import Found
 from ._entries import Entries
 from ._estimators import Empirical, signs
 from ._inverses import Averaged, Inverses
 from ._likelihoods import Likelihood, masked
-from ._linear import Linear
 from ._settings import tensor_of
 from ._statistics import Statistic, gather, several_processes
 
@@ -94,7 +95,8 @@ class Estimate:
 
     def average(self, gradients: Sequence[Tensor], inverses: Inverses) -> dict[str, Any] | None:
         """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
-        self._settle(None)
+        if not (self.statistic.empty or several_processes()):  # whose gradients may be those of another
+            self._settle(None)
         new, links = self.statistic.moments(self.scale), inverses.links(self.statistic, self.scale)
         checked = [M.d if hasattr(M, "d") else M for found in new.values() for M in found] + list(gradients)
         extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
@@ -152,8 +154,9 @@ class Estimate:
 
     def _may_be_outer(self, use: Use) -> bool:
         block, x = use.block, use.inputs
-        fits = isinstance(block, Linear) and block.whole and x.ndim == 2 and x.device.type == "cpu"
-        return fits and use.mask is None and OuterProduct.pays((len(block.parameters[0]), x.shape[1]), len(x))
+        if not isinstance(block, Dense) or len(block.shape) > 2 or use.mask is not None or x.device.type != "cpu":
+            return False
+        return OuterProduct.pays((block.shape[0], block.shape[1]), math.prod(block.positions(x)))
 
     @in_full_precision
     def _arrived(self, use: Use, g: Tensor) -> None:

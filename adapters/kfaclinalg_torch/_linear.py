@@ -40,6 +40,11 @@ class Linear(Dense):
         """Whether its W is the weight as it stands, beside the bias."""
         return self.part == slice(None) and self.weight is not None and not self.transposed
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        tensors = self._tensors(torch.detach)
+        return len(tensors[0]), sum(t.shape[1] if t.ndim > 1 else 1 for t in tensors)
+
     def matrix(self, like: Like) -> Tensor:
         columns = [t if t.ndim > 1 else t[:, None] for t in self._tensors(like)]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)

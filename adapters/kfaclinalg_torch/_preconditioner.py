@@ -21,7 +21,6 @@ from ._estimators import Empirical, estimator_of
 from ._inverses import Inverses
 from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._linear import Linear
 from ._outer import outer_gradient
 from ._settings import Number, Period, at, check_choice, check_numbers, dtype_of, sharing_of, structure_of
 from ._table import table_of
@@ -307,9 +306,9 @@ class KFACPreconditioner:
     def _gradient_of(self, layer: Layer) -> Any:
         """∇W (m, n), as the `OuterProduct` of the batch's own g and a where it is that and has an inverse for it."""
         block = layer.dense
-        if isinstance(block, Linear) and isinstance(self._inverses.inverses.get(layer.name), Kronecker):
+        if block is not None and isinstance(self._inverses.inverses.get(layer.name), Kronecker):
             uses = self._estimate.training.get(block)
-            if uses and (outer := outer_gradient(block, uses, self._steps)):
+            if uses and (outer := outer_gradient(block, uses, layer.matrix(_gradient), self._steps)):
                 return outer
         return layer.matrix(_gradient).to(self.factor_dtype)
 

@@ -10,10 +10,9 @@ from torch import Tensor, distributed
 
 from kfaclinalg import Diagonal, LayerFactors
 
-from ._blocks import LARGEST, Block, Rows, second_moment
+from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._capture import Pass, Use
 from ._entries import Entries
-from ._linear import Linear
 
 
 class Sums(NamedTuple):
@@ -69,7 +68,7 @@ class Statistic:
         if self.sharing[block.name] == "reduce" and isinstance(block, Rows):
             pooled = block.pooled_inputs(x, N, use.mask)
             self._pool((block, use.of.number, N, draw), pooled, block.outputs(x, s, N).sum(1))
-        elif self._holds(use, x, s):
+        elif self._holds(use, s):
             self._rows[block] = use, g
         else:
             self._fold(block)
@@ -117,14 +116,17 @@ class Statistic:
         }
         for block, (use, g) in self._rows.items():
             x, s = use.pair(g, self.dtype)
-            a = block.inputs(x, use.examples()).flatten(0, 1)
-            found[block.name] = Held(a, s.reshape(len(a), -1) * (scale * (len(a) / self.examples) ** 0.5))
+            a, rows = block.inputs(x, N := use.examples()).flatten(0, 1), block.outputs(x, s, N).flatten(0, 1)
+            found[block.name] = Held(a, rows * (scale * (len(a) / self.examples) ** 0.5))
         return dict(sorted(found.items()))
 
-    def _holds(self, use: Use, x: Tensor, g: Tensor) -> bool:
+    def _holds(self, use: Use, g: Tensor) -> bool:
         """Whether its rows wait for the average."""
-        plain = isinstance(use.block, Linear) and use.mask is None and not self.keep
-        return plain and use.block not in self.blocks and _are_small(x, g)
+        if not isinstance(use.block, Dense) or use.mask is not None or self.keep or use.block in self.blocks:
+            return False
+        *groups, m, n = use.block.shape
+        rows = g.numel() // m
+        return not groups and max(m, n) < LARGEST and rows * (n + m) <= 2 * (n * n + m * m)
 
     def _fold(self, block: Block) -> None:
         """Into the sums with the rows of a block, where any are held."""
@@ -181,11 +183,6 @@ def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
 
 def _as_side(M: Tensor) -> Any:
     return Diagonal(M) if M.ndim == 1 else M
-
-
-def _are_small(x: Tensor, g: Tensor) -> bool:
-    n, m, rows = x.shape[-1], g.shape[-1], g.numel() // g.shape[-1]
-    return max(n, m) < LARGEST and rows * (n + m) <= 2 * (n * n + m * m)
 
 
 def several_processes() -> bool:
