@@ -29,6 +29,7 @@ class Block(ABC):
     batched_ndim = 1  #: inputs of fewer dimensions are those of one example
     channels_last = True  #: whether the channels are the last dimension of the outputs, or that after the examples
     turned = False  #: whether W is the transpose of the weight
+    scattered = False  #: whether the rows come in no order of the examples, so that each stands for itself
 
     def seen(self, x: Tensor, *others: Any) -> Tensor:
         """What is kept of the inputs."""

@@ -47,7 +47,8 @@ class Use(NamedTuple):
 
     def examples(self) -> int:
         """Those of the pass; 1 where the first dimension holds none of them, as in an embedding of positions."""
-        return self.of.examples if self.inputs.shape[0] % self.of.examples == 0 else 1
+        rows = self.inputs.shape[0]
+        return rows if self.block.scattered else self.of.examples if rows % self.of.examples == 0 else 1
 
     def pair(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inputs and the gradient at the outputs, the batch first, in the dtype of the factors."""
@@ -204,10 +205,11 @@ def misjudged(capture: Capture, found: Found, outputs: Tensor | None) -> dict[La
     """
     reasons = {block: why for module, why in capture.others.items() for block in found.sites[module].blocks}
     gone = {layer: reasons[block] for layer in found.layers for block in layer.blocks if block in reasons}
+    shown = {p for block in capture.called for p in block.parameters}
     silent = [
         layer
         for layer in found.layers
-        if layer not in gone and not any(b in capture.called or isinstance(b, Entries) for b in layer.blocks)
+        if layer not in gone and layer.parameters[0] not in shown and not isinstance(layer.blocks[0], Entries)
     ]
     if silent:
         parameters = [layer.parameters[0] for layer in silent]

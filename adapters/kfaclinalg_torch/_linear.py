@@ -16,15 +16,16 @@ from ._blocks import Dense, Like
 class Linear(Dense):
     """s = W a with W = [weight, bias], the last entry of a being 1.
 
-    Of the parameters only `part` of the rows; where it is `transposed` the weight is (inputs, outputs). Without a
-    weight it is the bias alone.
+    Of the parameters only `part`, rows of them or one matrix of a stack; where it is `transposed` the weight is
+    (inputs, outputs). Without a weight it is the bias alone.
     """
 
     name: str
     weight: Tensor | None
     bias: Tensor | None = None
-    part: slice = field(default_factory=lambda: slice(None))
+    part: slice | int = field(default_factory=lambda: slice(None))
     transposed: bool = False
+    scattered: bool = False
     batched_ndim = 2
 
     @property

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfaclinalg import Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
+from kfaclinalg import Diagonal, Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
 from ._batch import Batch
 from ._capture import Capture, Use
 from ._estimators import Sampled, cotangent
+from ._layer import Layer
 from ._likelihoods import Likelihood, masked
 from ._linear import Linear
 from ._links import chained, cross_moments
@@ -105,10 +106,8 @@ class NetworkProblem:
                 cotangents = iter([cotangent(likelihood, outputs, next(sampled))])
             gather(self._statistic, uses, leaves, outputs, cotangents, self.capture.now)
         moments = {name: _factors(M) for name, M in self._statistic.moments(1.0).items()}
-        self._moments = [(layer, layer.factors(moments)) for layer in layers]
-        if missing := [layer.name for layer, M in self._moments if M is None]:
-            raise ValueError(f"expected every trained layer in a forward pass, got nothing of {', '.join(missing)}")
-        found: tuple[Any, ...] = tuple(M for _, M in self._moments)
+        self._moments = [(layer, layer.factors(moments) or _none(layer)) for layer in layers]
+        found = tuple(M for _, M in self._moments)
         return Factors(found, cross_moments(self._statistic, chained(layers), 1.0) if links else ())
 
     def squared_gradients(self, bases: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -184,6 +183,11 @@ class NetworkProblem:
 def _outer_product(use: Use, g: Tensor) -> OuterProduct:
     block: Any = use.block
     return OuterProduct(g.mT, block.inputs(use.inputs, len(use.inputs))[:, 0].mT)
+
+
+def _none(layer: Layer) -> LayerFactors:
+    """Those of a layer that S1 has not shown: an expert that no row was given to."""
+    return LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in layer.empty_moments()))
 
 
 def _factors(moments: LayerFactors | Held) -> LayerFactors:

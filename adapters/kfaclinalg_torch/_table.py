@@ -116,6 +116,7 @@ BY_NAME = {
         functional.linears, functional.forward, inside=functional.inside
     ),
 }
+EXPERTS = Rule(functional.experts, functional.forward)
 ROOT_MEAN_SQUARE = Rule(_scale, formula=root_mean_square)
 
 
@@ -145,7 +146,7 @@ def rule_of(module: nn.Module, table: Mapping[type, Rule]) -> Rule | None:
             return rule if own is inherited else replace(rule, formula=inherited)
     if is_root_mean_square(module) and epsilon(module) is not None:
         return ROOT_MEAN_SQUARE
-    return None
+    return EXPERTS if functional.is_stacked(module) else None
 
 
 def _module_class(kind: Any) -> type:

@@ -192,6 +192,45 @@ def test_an_rmsnorm_of_a_class_of_ones_own_has_the_exact_blocks_of_its_channels(
     torch.testing.assert_close(G[:, 0, 0], F.diagonal(), rtol=1e-10, atol=1e-14)
 
 
+class Experts(nn.Module):
+    """Each row goes to one matrix of a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x, which):
+        out = torch.zeros_like(x)
+        for i in which.unique():
+            rows = (which == i).nonzero()[:, 0]
+            h = torch.tanh(functional.linear(x[rows], self.up[i]))
+            out = out.index_add(0, rows, functional.linear(h, self.down[i]))
+        return out
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts, self.head = nn.Linear(3, 4), Experts(), nn.Linear(4, 3)
+
+    def forward(self, x, which):
+        return self.head(self.experts(torch.tanh(self.first(x)), which))
+
+
+def test_experts_have_a_factor_for_each_matrix_of_a_stack():
+    torch.manual_seed(0)
+    model, x, which = Mixture(), torch.randn(4, 3), torch.tensor([0, 2, 2, 2])
+    preconditioner = preconditioned(model, (x, which))
+    assert preconditioner.fallback == {}
+    F = fisher(model, (x[:1], which[:1]), "experts.down")[:20, :20] / len(x)  # of the one row of the first expert
+    A, G = preconditioner.layers["experts.down.0"]
+    torch.testing.assert_close(torch.kron(A, G), turned(F, 4, 5, bias=False), rtol=1e-10, atol=1e-14)
+    assert "experts.up.1" not in preconditioner.layers  # which nothing went to
+    optimizer = KFAC(model, "categorical", damping=0.1)
+    losses = [optimizer.step((x, which), torch.tensor([0, 1, 2, 0])) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
 # -- what is not its rule --
 
 
