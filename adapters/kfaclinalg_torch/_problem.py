@@ -113,7 +113,7 @@ class NetworkProblem:
     def squared_gradients(self, bases: Sequence[Any]) -> tuple[Tensor | None, ...]:
         """The means of (K_Bᵀ ∇W K_A)² over the S1 of `factors`, for the structure "eigen"."""
         pairs = zip(self._moments, bases, strict=True)
-        return tuple(mean_squares(self._statistic, layer, F, M, 1.0) for (layer, M), F in pairs)  # type: ignore[arg-type]
+        return tuple(mean_squares(self._statistic, layer, F, M, 1.0) for (layer, M), F in pairs)
 
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Tensor:
         """(J d_i)ᵀ F_R (J d_j), mean over S2, from one forward-mode product a direction (Appendix C)."""
