@@ -91,8 +91,8 @@ def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
     """The tasks of `kfac_step`, as it calls them, and what they are compared with: "sgd" and "product"."""
     model, x, y = network(l, d, m)
     optimizer = KFAC(model, "gaussian", weight_decay=0.0, generator=torch.Generator().manual_seed(0))
-    problem = optimizer._problem(Batch(x, y), optimizer._capture(), optimizer.options)
-    weights = optimizer._network.weights()
+    problem = optimizer._problem(Batch(x, y), optimizer._trained.capture(), optimizer.options)
+    weights = optimizer._trained.network.weights()
 
     def gradient() -> tuple[Any, Any]:
         _, found = problem.loss_and_gradient(weights)
@@ -106,8 +106,8 @@ def tasks(l: int, d: int, m: int) -> dict[str, Callable[[], Any]]:
     def update() -> None:
         inner_products([Delta, last], [Delta, last]), inner_products([Delta, last], [dense])
         step = [0.5 * U + 0.5 * V for U, V in zip(Delta, last, strict=True)]
-        moved = zip(optimizer._network.weights(), step, strict=True)
-        optimizer._network.assign(tuple(W + 0.0 * delta for W, delta in moved))
+        moved = zip(optimizer._trained.network.weights(), step, strict=True)
+        optimizer._trained.network.assign(tuple(W + 0.0 * delta for W, delta in moved))
 
     found = {
         "sgd": sgd_step(*network(l, d, m)),

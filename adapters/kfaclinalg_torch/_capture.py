@@ -5,61 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import get_gradient_edge
 
 from ._blocks import Block
-from ._discovery import Found, Site
-from ._entries import Entries
-from ._layer import Layer
-from ._once import still
-
-
-class Pass(NamedTuple):
-    """One forward pass of the model, over so many examples; the `mask` (N, ...) says which positions count."""
-
-    number: int
-    examples: int
-    mask: Tensor | None = None
-
-    @property
-    def counted(self) -> int:
-        """The examples of which any position counts."""
-        return self.examples if self.mask is None else int(self.mask.reshape(len(self.mask), -1).any(1).sum())
-
-
-class Use(NamedTuple):
-    """One use of a block: what it saw, and where its outputs stand in autograd's graph."""
-
-    block: Block
-    of: Pass
-    inputs: Tensor
-    version: int
-    single: bool  # no batch: one example without a dimension for it
-    outputs: GradientEdge | None
-    mask: Tensor | None  # of the positions of this block
-
-    def examples(self) -> int:
-        """Those of the pass; 1 where the first dimension holds none of them, as in an embedding of positions."""
-        rows = self.inputs.shape[0]
-        return rows if self.block.scattered else self.of.examples if rows % self.of.examples == 0 else 1
-
-    def pair(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The inputs and the gradient at the outputs, the batch first, in the dtype of the factors."""
-        if self.inputs._version != self.version:
-            raise RuntimeError(f"the inputs of {self.block.name!r} were changed in place after its forward pass")
-        x = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
-        g = (g[None] if self.single else g).to(dtype)
-        if self.mask is None:
-            return x, g
-        last = self.mask.reshape(*self.mask.shape, *[1] * (g.ndim - self.mask.ndim))
-        return x, torch.where(last if self.block.channels_last else self.mask[:, None], g, 0.0)
+from ._discovery import Site
+from ._use import Pass, Use, examples_of, mask_of_block
+from ._verdict import disagreement
 
 
 class Capture:
@@ -165,18 +121,11 @@ class Capture:
             return True
         if module in self.others:
             return False
-        with torch.no_grad(), still(module):
-            try:
-                came = output if output is not None else type(module).forward(module, *args, **kwargs)
-                expected = site.rule.formula(module, *args, **kwargs)
-                agrees = _agree(came, expected)
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-                agrees = False
-        if agrees:
-            self._trusted.add(module)
+        if why := disagreement(site, module, output, args, kwargs):
+            self.others[module] = why
         else:
-            self.others[module] = f"the forward pass of this {type(module).__name__} is one of its own"
-        return agrees
+            self._trusted.add(module)
+        return not why
 
     def _record(self, block: Block, x: Tensor, output: Tensor, mask: Tensor | None, *others: Any) -> None:
         if not output.requires_grad or not x.numel():
@@ -188,7 +137,7 @@ class Capture:
         with torch.no_grad():
             seen = block.seen(x.detach(), *others)
         self.called.add(block)
-        mask = _fitted(of.mask if mask is None else mask, block, seen)
+        mask = mask_of_block(of.mask if mask is None else mask, block, seen)
         use = Use(block, of, seen, seen._version, single, None, mask)
         # a checkpoint that runs a part of the model again in a backward pass shows nothing new
         if self.kept(use) and torch._C._current_graph_task_id() == -1:
@@ -197,68 +146,9 @@ class Capture:
             output.register_hook(partial(self.arrived, use))
 
 
-def misjudged(capture: Capture, found: Found, outputs: Tensor | None) -> dict[Layer, str]:
-    """The layers that a first pass, which gave these outputs, has shown to be none, and why.
-
-    Their modules do something else than their rule says, or their weights are used without calling them. Where the
-    outputs are not known the gradients tell.
-    """
-    reasons = {block: why for module, why in capture.others.items() for block in found.sites[module].blocks}
-    gone = {layer: reasons[block] for layer in found.layers for block in layer.blocks if block in reasons}
-    shown = {p for block in capture.called for p in block.parameters}
-    silent = [
-        layer
-        for layer in found.layers
-        if layer not in gone and layer.parameters[0] not in shown and not isinstance(layer.blocks[0], Entries)
-    ]
-    if silent:
-        parameters = [layer.parameters[0] for layer in silent]
-        slopes: Any = [p.grad for p in parameters]
-        if outputs is not None:
-            slopes = torch.autograd.grad(outputs.sum(), parameters, retain_graph=True, allow_unused=True)
-        used = (layer for layer, g in zip(silent, slopes, strict=True) if g is not None)
-        gone |= dict.fromkeys(used, "its weights are used without a call of the module")
-    return gone
-
-
-def examples_of(inputs: Any) -> int:
-    """The length of the first dimension of the first tensor; 0 where there is none."""
-    for x in tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence)):
-        if isinstance(x, PackedSequence):
-            return int(x.batch_sizes[0])
-        if isinstance(x, Tensor) and x.ndim > 0:
-            return x.shape[0]
-    return 0
-
-
 def _weakly(method: Any) -> Callable[..., Any]:
     """The method of an object while that lives, nothing after; a function as it is."""
     if not isinstance(method, MethodType):
         return method
     reference: Any = WeakMethod(method)
     return lambda *args, **kwargs: method(*args, **kwargs) if (method := reference()) else None
-
-
-def _fitted(mask: Tensor | None, block: Block, seen: Tensor) -> Tensor | None:
-    """The mask of a block's positions: of all of them, or of the examples where it has but one for each."""
-    if mask is None:
-        return None
-    positions = block.positions(seen)
-    if positions[: mask.ndim] == mask.shape:
-        return mask.reshape(*mask.shape, *[1] * (len(positions) - mask.ndim)).expand(positions)
-    if torch.Size(positions).numel() == mask.numel():
-        return mask.reshape(positions)
-    return mask.flatten(1).any(1) if mask.ndim > 1 and positions == mask.shape[:1] else None
-
-
-def _agree(came: Any, expected: Any) -> bool:
-    """Whether two results are the same to rounding."""
-    pairs = zip(tree_leaves(came), tree_leaves(expected), strict=True)
-    return all(_is_close(x, y) for x, y in pairs if isinstance(x, Tensor) and x.is_floating_point())
-
-
-def _is_close(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape:
-        return False
-    norm = torch.linalg.vector_norm
-    return bool(norm(x.double() - y.double()) <= 16 * torch.finfo(x.dtype).eps * norm(y.double()))

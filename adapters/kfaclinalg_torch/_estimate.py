@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -15,25 +15,18 @@ from kfaclinalg import LayerFactors, OuterProduct
 
 from ._averages import Averages
 from ._blocks import Dense
-from ._capture import Capture, Use, misjudged
+from ._capture import Capture
 from ._discovery import Found
 from ._entries import Entries
 from ._estimators import Empirical, signs
+from ._gather import gather, in_full_precision
 from ._inverses import Averaged, Inverses
 from ._likelihoods import Likelihood, masked
+from ._processes import several_processes
 from ._settings import tensor_of
-from ._statistics import Statistic, gather, several_processes
-
-
-def in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and without autocast, which would take products in half precision."""
-
-    @wraps(f)
-    def wrapped(self: Any, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return f(self, *args)
-
-    return wrapped
+from ._statistics import Statistic
+from ._use import Use
+from ._verdict import misjudged
 
 
 class Estimate:
@@ -182,7 +175,7 @@ class Estimate:
     def _settle(self, outputs: Tensor | None) -> None:
         if self.settled is not None and (outputs is None or outputs.numel()):
             settled, self.settled = self.settled(), None
-            settled(misjudged(self.capture, self.found, outputs))
+            settled(misjudged(self.capture.others, self.capture.called, self.found, outputs))
 
     @property
     def _entries(self) -> list[Entries]:

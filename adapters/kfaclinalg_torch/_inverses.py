@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from ._checkpoint import check, check_keys
 from ._layer import Layer
 from ._squares import mean_squares
 from ._statistics import Statistic
+from ._turns import turns_of
 
 # The rungs above the factors as they are: in float64, with so many times the damping.
 LADDER = tuple(10**k for k in range(5))
@@ -64,7 +64,7 @@ class Inverses:
         Raises:
             LinAlgError: a layer has failed three times in a row.
         """
-        turns = _slots(tuple(_cost(layer) for layer in factors.layers.values()), period)
+        turns = turns_of(factors.layers.values(), period)
         layers = zip(factors.layers.items(), turns, strict=True)
         due = {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}
         made = [self._built(name, layer, damping) for name, layer in due.items()]
@@ -176,21 +176,6 @@ def _telling(inverse: Any) -> Tensor:
 
 def _dtype(layer: LayerFactors) -> torch.dtype:
     return next(M.d.dtype if isinstance(M, Diagonal) else M.dtype for M in layer)
-
-
-def _cost(layer: LayerFactors) -> float:
-    """n³ for each dense side."""
-    return sum(M.shape[-1] ** (1 if isinstance(M, Diagonal) else 3) for M in layer)
-
-
-@lru_cache
-def _slots(costs: tuple[float, ...], period: int) -> list[int]:
-    """The step of a period in which each layer is refreshed, so that the steps cost as much as each other."""
-    loads, slots = [0.0] * period, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        slots[i] = loads.index(min(loads))
-        loads[slots[i]] += costs[i]
-    return slots
 
 
 def _diagnosis(layer: LayerFactors) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from kfaclinalg import Link
 
 from ._layer import Layer
-from ._statistics import Statistic, over_processes
+from ._processes import over_processes
+from ._statistics import Statistic
 
 
 class Shown(NamedTuple):

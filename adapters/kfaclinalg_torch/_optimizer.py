@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,21 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, Tridiagonal, kfac_step
+from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
 from ._batch import Batch
-from ._capture import Capture, misjudged
+from ._capture import Capture
 from ._checkpoint import check, check_generator, check_gone, check_keys, check_made, check_run, made, packed, restored
-from ._discovery import FALLBACKS, Found, found
+from ._discovery import FALLBACKS, found
 from ._estimators import Empirical, estimator_of
-from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._links import chained
-from ._network import Network
-from ._once import still
 from ._problem import NetworkProblem
-from ._settings import check_choice, sharing_of, tensor_of
+from ._settings import check_choice, tensor_of
 from ._table import table_of
+from ._trained import Trained
 
 
 class KFAC(torch.optim.Optimizer):
@@ -53,8 +51,6 @@ class KFAC(torch.optim.Optimizer):
     """
 
     info: StepInfo | None  #: what happened in the last step
-    fallback: dict[str, str]  #: by their names the parameters of which the diagonal is taken, and why
-    skipped: dict[str, str]  #: by their names the parameters that are left alone, and why
 
     def __init__(
         self,
@@ -76,14 +72,11 @@ class KFAC(torch.optim.Optimizer):
         check_choice("fallback", fallback, FALLBACKS)
         self.options = KFACOptions(**options).checked()
         known = found(model, skip, table_of(layers), fallback)
-        _check_kinds(known.layers)
+        linked = self.options.structure_value.linked
+        self._trained = Trained(model, known, linked=linked, weight_sharing=weight_sharing, fallback=fallback)
         if self.options.generator is None:
             self.options = self.options._replace(generator=new_generator(known.layers[0].parameters[0].device))
-        self.outputs, self.mask, self.weight_sharing, self._fallback = outputs, mask, weight_sharing, fallback
-        self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none
-        self._probed = False
-        sharing_of(weight_sharing, known.layers)
-        self._take(known)
+        self.outputs, self.mask = outputs, mask
         self.info = None
         self._state: KFACState | None = None
         super().__init__([p for p in model.parameters() if p.requires_grad], {})
@@ -99,7 +92,17 @@ class KFAC(torch.optim.Optimizer):
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers, in the order of the factors."""
-        return tuple(layer.name for layer in self._layers)
+        return tuple(layer.name for layer in self._trained.layers)
+
+    @property
+    def fallback(self) -> dict[str, str]:
+        """By their names the parameters of which the diagonal is taken, and why."""
+        return dict(self._trained.found.fallback)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """By their names the parameters that are left alone, and why."""
+        return dict(self._trained.found.skipped)
 
     def step(self, inputs: Any, targets: Tensor, *, mask: Tensor | None = None) -> float:  # type: ignore[override]
         """One iteration on this mini-batch; returns the loss before it, weight decay included.
@@ -116,13 +119,7 @@ class KFAC(torch.optim.Optimizer):
             ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used, a
                 parameter that was replaced or frozen. Nothing has changed then, nor after an interrupt.
         """
-        for owner in self._owners:
-            owner.check("optimizer")
-        for layer in self._layers:
-            if not all(p.requires_grad for p in layer.parameters):
-                raise ValueError(
-                    f"a parameter of {layer.name!r} was frozen since the optimizer was made: make a new one"
-                )
+        self._trained.check()
         batch = Batch(inputs, targets, mask)
         if mask is None and self.mask is not None:
             batch = Batch(inputs, targets, batch.call(self.mask))
@@ -131,20 +128,18 @@ class KFAC(torch.optim.Optimizer):
             options = options._replace(curvature_fraction=self._state.curvature_fraction)
         before, drawn = (self._state, self.info), self.options.generator.get_state()
         statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # running ones
-        capture = self._capture()
-        weights = None
+        capture, weights = self._trained.capture(), None
         try:
-            if not self._probed:
-                self._probe(capture, batch)
-            weights = self._network.weights()
+            self._trained.probe(capture, batch, self._tensor_of)
+            weights = self._trained.network.weights()
             problem = self._problem(batch, capture, options)
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
-            self._network.assign(weights if self.info.refused else moved)
+            self._trained.network.assign(weights if self.info.refused else moved)
             if self.info.refused:
                 _restore(statistics)
         except BaseException:  # an interrupt too leaves nothing half done
             if weights is not None:
-                self._network.assign(weights)
+                self._trained.network.assign(weights)
             _restore(statistics)
             self._state, self.info = before
             self.options.generator.set_state(drawn)
@@ -163,55 +158,20 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("KFAC takes its parameters from the model: make a new one for a model that has changed")
         super().add_param_group(param_group)
 
-    def _take(self, known: Found) -> None:
-        """These layers are trained; those of a chain come first."""
-        layers = list(known.layers)
-        if isinstance(self.options.structure_value, Tridiagonal):
-            chain = chained(layers)
-            layers = [*chain, *(layer for layer in layers if layer not in chain)]
-        self._found, self._layers = known, tuple(layers)
-        self.fallback, self.skipped = dict(known.fallback), dict(known.skipped)
-        given = self.weight_sharing
-        names = {block.name for block in known.blocks}
-        kept = given if isinstance(given, str) else {name: value for name, value in given.items() if name in names}
-        self._sharing, self._owners = sharing_of(kept, layers), owners(self.model, layers)
-        self._network = Network(self.model, layers)
-
     def _problem(self, batch: Batch, capture: Capture, options: KFACOptions) -> NetworkProblem:
         return NetworkProblem(
-            self._network,
+            self._trained.network,
             capture,
             self.likelihood,
             batch,
             options,
             estimator=self.estimator,
-            sharing=self._sharing,
+            sharing=self._trained.sharing,
             tensor_of=self._tensor_of,
         )
 
-    def _capture(self) -> Capture:
-        capture = Capture(self.model, self._found.sites, _always, _never, _nothing, _nothing, always=True)
-        capture.paused = True
-        return capture
-
     def _tensor_of(self, returned: Any) -> Tensor:
         return tensor_of(self.outputs, returned)
-
-    def _probe(self, capture: Capture, batch: Batch) -> None:
-        """A first pass, to see which layers are none: what a subclass or a weight without a call does is unknown."""
-        _, piece = next(batch.chunks(self.options.chunk_size))
-        capture.paused = False
-        with torch.random.fork_rng(_devices(self._layers)), still(self.model), torch.enable_grad():
-            gone = misjudged(capture, self._found, self._tensor_of(piece.call(self.model)))
-        capture.paused = True
-        self._without(gone)
-        self._probed = True
-
-    def _without(self, gone: Mapping[Layer, str]) -> None:
-        if gone:
-            self._take(self._found.without(self.model, gone, self._fallback))
-            self._gone |= {layer.name: why for layer, why in gone.items()}
-            warnings.warn("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()), stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all of it, the model too, which one deepcopy of both shares."""
@@ -232,8 +192,8 @@ class KFAC(torch.optim.Optimizer):
             "state": {} if self._state is None else packed(self._state),
             "param_groups": super().state_dict()["param_groups"],
             "generator": self.options.generator.get_state(),
-            "made": made(self.options.structure_value, self.estimator, self._layers),
-            "gone": dict(self._gone),
+            "made": made(self.options.structure_value, self.estimator, self._trained.layers),
+            "gone": dict(self._trained.gone),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,54 +204,25 @@ class KFAC(torch.optim.Optimizer):
         """
         check_keys(state_dict, ("state", "param_groups", "generator", "made", "gone"))
         check_generator(self.options.generator, state_dict["generator"])
-        gone = state_dict["gone"]
+        gone, trained, structure = state_dict["gone"], self._trained, self.options.structure_value
         check_gone(gone)
-        lost = {layer: gone[layer.name] for layer in self._found.layers if layer.name in gone}
-        before = self._found
+        before = copy.copy(trained)
+        lost = {layer: gone[layer.name] for layer in trained.found.layers if layer.name in gone}
         try:
             if lost:
-                self._take(self._found.without(self.model, lost, self._fallback))
-            structure = self.options.structure_value
-            check_made(state_dict["made"], made(structure, self.estimator, self._layers))
+                trained.take(trained.found.without(self.model, lost, trained.fallback))
+            check_made(state_dict["made"], made(structure, self.estimator, trained.layers))
             check(isinstance(state_dict["state"], dict), "no dictionary")
-            like = self._layers[0].parameters[0].detach()
+            like = trained.layers[0].parameters[0].detach()
             state = restored(state_dict["state"], like) if state_dict["state"] else None
             if state is not None:
-                check_run(state, self._layers, structure)
+                check_run(state, trained.layers, structure)
         except ValueError:
-            self._take(before)
+            self._trained = before
             raise
-        self._state, self._gone = state, self._gone | {layer.name: why for layer, why in lost.items()}
-        self._probed = self._probed or state is not None
+        self._state, trained.gone = state, trained.gone | {layer.name: why for layer, why in lost.items()}
+        trained.probed = trained.probed or state is not None
         self.options.generator.set_state(state_dict["generator"])
-
-
-def _always(use: Any) -> bool:
-    return True
-
-
-def _never(use: Any) -> bool:
-    return False
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _devices(layers: Sequence[Layer]) -> list[torch.device]:
-    return [device for device in {layers[0].parameters[0].device} if device.type == "cuda"]
-
-
-def _check_kinds(layers: Sequence[Layer]) -> None:
-    first = layers[0].parameters[0]
-    for layer in layers:
-        for p in layer.parameters:
-            if p.dtype not in (torch.float32, torch.float64) or p.dtype != first.dtype:
-                raise ValueError(
-                    f"{layer.name} has dtype {p.dtype}, expected float32 or float64, the same for all: {first.dtype}"
-                )
-            if p.device != first.device:
-                raise ValueError(f"{layer.name} is on {p.device}, expected {first.device}, as the others are")
 
 
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kfaclinalg import OuterProduct
 
 from ._blocks import Dense
-from ._capture import Use
+from ._use import Use
 
 
 def outer_gradient(

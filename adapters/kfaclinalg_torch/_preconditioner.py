@@ -16,8 +16,9 @@ from kfaclinalg import Kronecker, LayerFactors
 from ._chain import ChainInverse
 from ._checkpoint import check, check_generator, check_gone, check_keys, check_made, is_number, made, packed, restored
 from ._discovery import FALLBACKS, found
-from ._estimate import Estimate, in_full_precision
+from ._estimate import Estimate
 from ._estimators import Empirical, estimator_of
+from ._gather import in_full_precision
 from ._inverses import Inverses
 from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator

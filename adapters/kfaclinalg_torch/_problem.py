@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfaclinalg import Diagonal, Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
 from ._batch import Batch
-from ._capture import Capture, Use
+from ._capture import Capture
 from ._estimators import Sampled, cotangent
+from ._gather import gather
 from ._layer import Layer
 from ._likelihoods import Likelihood, masked
 from ._linear import Linear
@@ -23,7 +24,8 @@ from ._links import chained, cross_moments
 from ._network import Matrices, Network
 from ._once import Once
 from ._squares import mean_squares
-from ._statistics import Held, Statistic, gather
+from ._statistics import Held, Statistic
+from ._use import Use
 
 
 class NetworkProblem:

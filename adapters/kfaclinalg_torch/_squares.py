@@ -11,7 +11,8 @@ from kfaclinalg import KroneckerBasis, LayerFactors
 
 from ._blocks import Dense
 from ._layer import Layer
-from ._statistics import Statistic, over_processes
+from ._processes import over_processes
+from ._statistics import Statistic
 
 BUFFER = 2**22  # entries of the gradients of single examples at once
 

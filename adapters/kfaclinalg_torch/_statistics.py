@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from kfaclinalg import Diagonal, LayerFactors
 
 from ._blocks import LARGEST, Block, Dense, Rows, second_moment
-from ._capture import Pass, Use
 from ._entries import Entries
+from ._processes import over_processes, several_processes
+from ._use import Pass, Use
 
 
 class Sums(NamedTuple):
@@ -145,34 +146,6 @@ class Statistic:
         self._pooled[key] = (a_old + a, g_old + g, before + positions)
 
 
-def gather(
-    statistic: Statistic,
-    uses: Sequence[Use],
-    leaves: Mapping[Tensor, Tensor],
-    outputs: Tensor,
-    cotangents: Iterable[Tensor],
-    of: Pass,
-) -> list[bool]:
-    """Send each cotangent back from the outputs to the uses, and to the parameters of which the diagonal is taken.
-
-    `leaves` are what stands for the parameters in the graph. Returns which uses were reached.
-    """
-    entries = [block for block in statistic.all if isinstance(block, Entries)]
-    sources: list[Any] = [*(use.outputs for use in uses), *(leaves[block.parameter] for block in entries)]
-    reached = [False] * len(sources)
-    for draw, cotangent in enumerate(cotangents if sources else ()):
-        slopes = torch.autograd.grad(outputs, sources, cotangent, retain_graph=True, allow_unused=True)
-        reached = [g is not None for g in slopes]
-        for use, g in zip(uses, slopes, strict=False):
-            if g is not None:
-                statistic.add(use, g, draw)
-        for block, g in zip(entries, slopes[len(uses) :], strict=True):
-            if g is not None:
-                statistic.saw(of)
-                statistic.add_entries(block, g)
-    return reached[: len(uses)] if uses else reached
-
-
 def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
     """Σ ā āᵀ over the examples, of the means ā over the positions that count, and how many examples have any."""
     if not isinstance(positions, Tensor):
@@ -183,19 +156,3 @@ def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
 
 def _as_side(M: Tensor) -> Any:
     return Diagonal(M) if M.ndim == 1 else M
-
-
-def several_processes() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def over_processes(tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[int]]:
-    """The sums over all processes of torch.distributed; what came, where there is but one."""
-    if not several_processes():
-        return tensors, counts
-    flat = torch.cat([t.flatten() for t in tensors])
-    numbers = torch.tensor(counts, dtype=torch.float64, device=flat.device)
-    distributed.all_reduce(flat)
-    distributed.all_reduce(numbers)
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], [int(n) for n in numbers.tolist()]

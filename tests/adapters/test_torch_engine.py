@@ -43,8 +43,8 @@ class Everything(Mixed):
 
 def problem_of(model, x, y, likelihood="categorical", **options):
     optimizer = KFAC(model, likelihood, statistics_fraction=1.0, curvature_fraction=1.0, **options)
-    capture = optimizer._capture()
-    optimizer._probe(capture, Batch(x, y))
+    capture = optimizer._trained.capture()
+    optimizer._trained.probe(capture, Batch(x, y), optimizer._tensor_of)
     return optimizer, optimizer._problem(Batch(x, y), capture, optimizer.options)
 
 
@@ -52,11 +52,11 @@ def test_the_gradient_and_the_gram_are_those_of_the_dense_fisher():
     torch.manual_seed(0)
     (x, y), model = mixed_batch(), Everything().eval()
     optimizer, problem = problem_of(model, x, y)
-    weights, network = optimizer._network.weights(), optimizer._network
-    assert {p for layer in optimizer._layers for p in layer.parameters} == set(model.parameters())
+    weights, network = optimizer._trained.network.weights(), optimizer._trained.network
+    assert {p for layer in optimizer._trained.layers for p in layer.parameters} == set(model.parameters())
     _, gradient = problem.loss_and_gradient(weights)
     functional.cross_entropy(model(x), y).backward()
-    for layer, V in zip(optimizer._layers, gradient, strict=True):
+    for layer, V in zip(optimizer._trained.layers, gradient, strict=True):
         torch.testing.assert_close(V, layer.matrix(lambda p: p.grad), rtol=1e-9, atol=1e-12)
 
     directions = [tuple(torch.randn_like(W) for W in weights) for _ in range(2)]
@@ -78,7 +78,7 @@ def test_its_factors_are_those_of_the_preconditioner(structure, sharing):
     (x, y), model = mixed_batch(), Everything().eval()
     twin = copy.deepcopy(model)
     optimizer, problem = problem_of(model, x, y, estimator="exact", structure=structure, weight_sharing=sharing)
-    factors = problem.factors(optimizer._network.weights(), False)
+    factors = problem.factors(optimizer._trained.network.weights(), False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         preconditioner = KFACPreconditioner(twin, likelihood="categorical", estimator="exact", weight_sharing=sharing)
@@ -214,7 +214,7 @@ def test_the_inverse_of_two_neighbours_is_that_of_the_dense_matrix(kind, sharing
     optimizer, problem = problem_of(
         model, x, torch.randn(40, 2), "gaussian", structure=Tridiagonal(), estimator="exact", weight_sharing=sharing
     )
-    factors = problem.factors(optimizer._network.weights(), True)
+    factors = problem.factors(optimizer._trained.network.weights(), True)
     rows = [rows_of(model, x, layer, sharing == "reduce") for layer in (model.one, model.two)]
 
     def moments(i, j):
@@ -242,7 +242,7 @@ def test_neighbours_with_other_positions_stay_definite_in_the_expand_setting(kin
     optimizer, problem = problem_of(
         model, x, torch.randn(300, 2), "gaussian", structure="block-tridiagonal", estimator="exact"
     )
-    factors = problem.factors(optimizer._network.weights(), True)
+    factors = problem.factors(optimizer._trained.network.weights(), True)
     for i in range(2):
         joint = [
             torch.cat([torch.cat([M, X], 1), torch.cat([X.T, N], 1)], 0)
@@ -260,7 +260,7 @@ def test_what_has_no_neighbours_is_block_diagonal_beside_the_chain():
     chain = len(inverse.Psi_A) + 1
     assert 1 < chain < len(optimizer.layers)
     assert {"embedding", "norm", "token"} & set(optimizer.layers[:chain]) == set()
-    Vs = tuple(torch.randn_like(layer.matrix(torch.detach)) for layer in optimizer._layers)
+    Vs = tuple(torch.randn_like(layer.matrix(torch.detach)) for layer in optimizer._trained.layers)
     beside = block_diagonal_inverse(factors._replace(layers=factors.layers[chain:], links=()), optimizer._state.gamma)
     for came, expected in zip(inverse.apply(Vs)[chain:], beside.apply(Vs[chain:]), strict=True):
         torch.testing.assert_close(came, expected)

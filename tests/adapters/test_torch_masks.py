@@ -113,11 +113,11 @@ def test_kfac_counts_what_the_mask_counts(structure):
     everything = {"statistics_fraction": 1.0, "curvature_fraction": 1.0, "structure": structure}
     model = Tagger()
     optimizer = KFAC(model, Ragged(), estimator="exact", mask=lambda tokens: tokens != PAD, **everything)
-    weights = optimizer._network.weights()
+    weights = optimizer._trained.network.weights()
     tokens, targets = padded(x, PAD), padded(y, 0)
-    whole = optimizer._problem(Batch(tokens, targets, tokens != PAD), optimizer._capture(), optimizer.options)
+    whole = optimizer._problem(Batch(tokens, targets, tokens != PAD), optimizer._trained.capture(), optimizer.options)
     parts = [
-        optimizer._problem(Batch(a[None], b[None]), optimizer._capture(), optimizer.options)
+        optimizer._problem(Batch(a[None], b[None]), optimizer._trained.capture(), optimizer.options)
         for a, b in zip(x, y, strict=True)
     ]
     h, gradient = whole.loss_and_gradient(weights)

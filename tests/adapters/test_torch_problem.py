@@ -36,8 +36,8 @@ class Case:
         self.options = KFACOptions(**(everything | options))
         batch = Batch(self.inputs, self.targets)
         optimizer = KFAC(self.model, likelihood, **self.options._asdict())
-        self.layers, self.network = optimizer._layers, optimizer._network
-        self.problem = optimizer._problem(batch, optimizer._capture(), self.options)
+        self.layers, self.network = optimizer._trained.layers, optimizer._trained.network
+        self.problem = optimizer._problem(batch, optimizer._trained.capture(), self.options)
         self.weights = self.network.weights()
 
     def forward(self, weights, inputs):

@@ -1,0 +1,102 @@
+"""The layers of a model that `KFAC` trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._batch import Batch
+from ._capture import Capture
+from ._discovery import Found
+from ._layer import Layer, owners
+from ._links import chained
+from ._network import Network
+from ._once import still
+from ._settings import sharing_of
+from ._verdict import misjudged
+
+
+class Trained:
+    """What was found in a model, less what a first pass has shown to be no layer; those of a chain come first."""
+
+    def __init__(
+        self, model: nn.Module, found: Found, *, linked: bool, weight_sharing: str | Mapping[str, str], fallback: str
+    ) -> None:
+        self.model, self.linked, self.fallback = model, linked, fallback
+        self.weight_sharing = weight_sharing
+        self.gone: dict[str, str] = {}  # layers that turned out to be none
+        self.probed = False
+        sharing_of(weight_sharing, found.layers)
+        self.take(found)
+        _check_kinds(self.layers)
+
+    def take(self, found: Found) -> None:
+        chain = chained(found.layers) if self.linked else []
+        self.found = found
+        self.layers = (*chain, *(layer for layer in found.layers if layer not in chain))
+        given, names = self.weight_sharing, {block.name for block in found.blocks}
+        kept = given if isinstance(given, str) else {name: value for name, value in given.items() if name in names}
+        self.sharing, self.owners = sharing_of(kept, self.layers), owners(self.model, self.layers)
+        self.network = Network(self.model, self.layers)
+
+    def check(self) -> None:
+        """A ValueError names what was replaced, moved or frozen since."""
+        for owner in self.owners:
+            owner.check("optimizer")
+        for layer in self.layers:
+            if not all(p.requires_grad for p in layer.parameters):
+                raise ValueError(f"{layer.name!r} was frozen since the optimizer was made: make a new one")
+
+    def capture(self) -> Capture:
+        """Hooks that show nothing yet."""
+        capture = Capture(self.model, self.found.sites, _always, _never, _nothing, _nothing, always=True)
+        capture.paused = True
+        return capture
+
+    def probe(self, capture: Capture, batch: Batch, tensor_of: Callable[[Any], Tensor]) -> None:
+        """A first pass, to see which layers are none: what a subclass or a weight without a call does is unknown."""
+        if self.probed:
+            return
+        device, capture.paused = self.layers[0].parameters[0].device, False
+        try:
+            devices = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices), still(self.model), torch.enable_grad():
+                outputs = tensor_of(batch.call(self.model))
+                self.without(misjudged(capture.others, capture.called, self.found, outputs))
+        finally:
+            capture.paused = True
+        self.probed = True
+
+    def without(self, gone: Mapping[Layer, str]) -> None:
+        if gone:
+            self.take(self.found.without(self.model, gone, self.fallback))
+            self.gone |= {layer.name: why for layer, why in gone.items()}
+            warnings.warn("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()), stacklevel=5)
+
+
+def _always(use: Any) -> bool:
+    return True
+
+
+def _never(use: Any) -> bool:
+    return False
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def _check_kinds(layers: tuple[Layer, ...]) -> None:
+    first = layers[0].parameters[0]
+    for layer in layers:
+        for p in layer.parameters:
+            if p.dtype not in (torch.float32, torch.float64) or p.dtype != first.dtype:
+                raise ValueError(
+                    f"{layer.name} has dtype {p.dtype}, expected float32 or float64, the same for all: {first.dtype}"
+                )
+            if p.device != first.device:
+                raise ValueError(f"{layer.name} is on {p.device}, expected {first.device}, as the others are")

@@ -1,0 +1,76 @@
+"""One use of a block in a forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from ._blocks import Block
+
+
+class Pass(NamedTuple):
+    """One forward pass of the model, over so many examples; the `mask` (N, ...) says which positions count."""
+
+    number: int
+    examples: int
+    mask: Tensor | None = None
+
+    @property
+    def counted(self) -> int:
+        """The examples of which any position counts."""
+        return self.examples if self.mask is None else int(self.mask.reshape(len(self.mask), -1).any(1).sum())
+
+
+class Use(NamedTuple):
+    """One use of a block: what it saw, and where its outputs stand in autograd's graph."""
+
+    block: Block
+    of: Pass
+    inputs: Tensor
+    version: int
+    single: bool  # no batch: one example without a dimension for it
+    outputs: GradientEdge | None
+    mask: Tensor | None  # of the positions of this block
+
+    def examples(self) -> int:
+        """Those of the pass; 1 where the first dimension holds none of them, as in an embedding of positions."""
+        rows = self.inputs.shape[0]
+        return rows if self.block.scattered else self.of.examples if rows % self.of.examples == 0 else 1
+
+    def pair(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The inputs and the gradient at the outputs, the batch first, in the dtype of the factors."""
+        if self.inputs._version != self.version:
+            raise RuntimeError(f"the inputs of {self.block.name!r} were changed in place after its forward pass")
+        x = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
+        g = (g[None] if self.single else g).to(dtype)
+        if self.mask is None:
+            return x, g
+        last = self.mask.reshape(*self.mask.shape, *[1] * (g.ndim - self.mask.ndim))
+        return x, torch.where(last if self.block.channels_last else self.mask[:, None], g, 0.0)
+
+
+def examples_of(inputs: Any) -> int:
+    """The length of the first dimension of the first tensor; 0 where there is none."""
+    for x in tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence)):
+        if isinstance(x, PackedSequence):
+            return int(x.batch_sizes[0])
+        if isinstance(x, Tensor) and x.ndim > 0:
+            return x.shape[0]
+    return 0
+
+
+def mask_of_block(mask: Tensor | None, block: Block, seen: Tensor) -> Tensor | None:
+    """The mask of a block's positions: of all of them, or of the examples where it has but one for each."""
+    if mask is None:
+        return None
+    positions = block.positions(seen)
+    if positions[: mask.ndim] == mask.shape:
+        return mask.reshape(*mask.shape, *[1] * (len(positions) - mask.ndim)).expand(positions)
+    if torch.Size(positions).numel() == mask.numel():
+        return mask.reshape(positions)
+    return mask.flatten(1).any(1) if mask.ndim > 1 and positions == mask.shape[:1] else None
