@@ -14,6 +14,7 @@ from ._checkpoint import check
 from ._inverses import LADDER, Averaged, Inverses, are_finite, cast
 from ._layer import Layer
 from ._links import chained, cross_moments
+from ._settings import Period
 from ._statistics import Statistic
 
 CHAIN = "the chain"
@@ -74,6 +75,15 @@ class ChainInverse(Inverses):
             if all(are_finite(inverse.apply(ones))):
                 return inverse
         return None
+
+
+def inverses_of(structure: Any, period: Period, layers: Sequence[Layer]) -> Inverses:
+    """What makes the inverses of these layers by this structure."""
+    if isinstance(structure, Tridiagonal):
+        return ChainInverse(structure, layers)
+    if structure == Factored(getattr(structure, "norm", "")) and period == 1:
+        structure = Factored(structure.norm, "cholesky")  # what is applied once is not worth an inverse
+    return Inverses(structure, layers)
 
 
 def _cast(factors: Factors, dtype: torch.dtype) -> Factors:

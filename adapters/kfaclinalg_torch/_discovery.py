@@ -61,6 +61,14 @@ class Found:
         return " and ".join(parts)
 
 
+def unwrapped(model: Any) -> nn.Module:
+    """The model itself, inside the wrappers of torch.compile and DistributedDataParallel."""
+    if hasattr(model, "_orig_mod"):
+        torch.compiler.reset()  # what was compiled before knows nothing of the hooks
+        return unwrapped(model._orig_mod)
+    return unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def found(model: nn.Module, skip: Sequence[str], table: Mapping[type, Rule], fallback: str) -> Found:
     """The layers of a model, in the order of its modules; `skip` names modules to leave alone.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
 
+from . import _resume as resume
 from ._batch import Batch
 from ._capture import Capture
-from ._checkpoint import check, check_generator, check_gone, check_keys, check_made, check_run, made, packed, restored
 from ._discovery import FALLBACKS, found
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
@@ -188,13 +187,7 @@ class KFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, the generator's state too, in tensors, numbers and lists."""
-        return {
-            "state": {} if self._state is None else packed(self._state),
-            "param_groups": super().state_dict()["param_groups"],
-            "generator": self.options.generator.get_state(),
-            "made": made(self.options.structure_value, self.estimator, self._trained.layers),
-            "gone": dict(self._trained.gone),
-        }
+        return resume.kfac_state(self, super().state_dict()["param_groups"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, bitwise as if there had been no stop.
@@ -202,27 +195,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it is none, or of another structure or estimator, or of other layers. Nothing has changed then.
         """
-        check_keys(state_dict, ("state", "param_groups", "generator", "made", "gone"))
-        check_generator(self.options.generator, state_dict["generator"])
-        gone, trained, structure = state_dict["gone"], self._trained, self.options.structure_value
-        check_gone(gone)
-        before = copy.copy(trained)
-        lost = {layer: gone[layer.name] for layer in trained.found.layers if layer.name in gone}
-        try:
-            if lost:
-                trained.take(trained.found.without(self.model, lost, trained.fallback))
-            check_made(state_dict["made"], made(structure, self.estimator, trained.layers))
-            check(isinstance(state_dict["state"], dict), "no dictionary")
-            like = trained.layers[0].parameters[0].detach()
-            state = restored(state_dict["state"], like) if state_dict["state"] else None
-            if state is not None:
-                check_run(state, trained.layers, structure)
-        except ValueError:
-            self._trained = before
-            raise
-        self._state, trained.gone = state, trained.gone | {layer.name: why for layer, why in lost.items()}
-        trained.probed = trained.probed or state is not None
-        self.options.generator.set_state(state_dict["generator"])
+        resume.load_kfac(self, state_dict)
 
 
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -9,24 +9,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kfaclinalg import Kronecker, LayerFactors
+from kfaclinalg import LayerFactors
 
-from ._chain import ChainInverse
-from ._checkpoint import check, check_generator, check_gone, check_keys, check_made, is_number, made, packed, restored
-from ._discovery import FALLBACKS, found
+from . import _resume as resume
+from ._chain import inverses_of
+from ._discovery import FALLBACKS, found, unwrapped
 from ._estimate import Estimate
-from ._estimators import Empirical, estimator_of
+from ._estimators import Empirical
 from ._gather import in_full_precision
-from ._inverses import Inverses
 from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._outer import outer_gradient
-from ._settings import Number, Period, at, check_choice, check_numbers, dtype_of, sharing_of, structure_of
+from ._preconditioned import precondition
+from ._settings import Number, Period, at, check_choice, check_numbers, dtype_of, sharing_of, values_of
 from ._table import table_of
-
-from kfaclinalg import Factored, Tridiagonal  # isort: skip
 
 
 class KFACPreconditioner:
@@ -111,7 +108,7 @@ class KFACPreconditioner:
         check_choice("fallback", fallback, FALLBACKS)
         if kl_lr is not None and kl_clip is None:
             raise ValueError("kl_lr would have no effect without kl_clip")
-        self.estimator, self.structure = _values(estimator, structure, short)
+        self.estimator, self.structure = values_of(estimator, structure, short)
         empirical = isinstance(self.estimator, Empirical)
         if not empirical and likelihood is None:
             raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
@@ -119,7 +116,7 @@ class KFACPreconditioner:
             raise ValueError("likelihood would have no effect with the empirical estimator, which takes the loss's own")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
-        model = _unwrapped(model)
+        model = unwrapped(model)
         known = found(model, skip, table_of(layers), fallback)
         self.damping, self.decay = damping, decay
         self.statistics_period, self.inverse_period = statistics_period, inverse_period
@@ -141,7 +138,7 @@ class KFACPreconditioner:
             settled=self._settled,
         )
         self._model, self._fallback = weakref.ref(model), fallback
-        self._inverses = _inverses(self.structure, inverse_period, known.layers)
+        self._inverses = inverses_of(self.structure, inverse_period, known.layers)
         self._owners = owners(model, known.layers)
         self._steps = 0
         self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none
@@ -238,9 +235,7 @@ class KFACPreconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, in tensors, numbers, lists and dictionaries."""
-        state = {"averages": self._estimate.averages.state(), "inverses": self._inverses.state()}
-        alone = {"steps": self._steps, "generator": self.generator.get_state(), "gone": dict(self._gone)}
-        return alone | {"made": made(self.structure, self.estimator, self._layers)} | packed(state)
+        return resume.preconditioner_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` as if there had been no stop: bitwise, on one machine.
@@ -248,26 +243,7 @@ class KFACPreconditioner:
         Raises:
             ValueError: it is none, or of another structure or estimator, or of other layers. Nothing has changed then.
         """
-        check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone"))
-        steps, gone, known = state_dict["steps"], state_dict["gone"], self._estimate.found
-        check(isinstance(steps, int) and is_number(steps), f"steps is {steps!r}")
-        check_generator(self.generator, state_dict["generator"])
-        check_gone(gone)
-        lost = {layer: gone[layer.name] for layer in known.layers if layer.name in gone}
-        known = known.without(self._model(), lost, self._fallback) if lost else known  # type: ignore[arg-type]
-        check_made(state_dict["made"], made(self.structure, self.estimator, known.layers))
-        inverses_of_known = _inverses(self.structure, self.inverse_period, known.layers)
-        like = known.layers[0].parameters[0].detach().to(self.factor_dtype)
-        averages, inverses = (restored(state_dict[name], like) for name in ("averages", "inverses"))
-        chain = inverses_of_known.chain if isinstance(inverses_of_known, ChainInverse) else []
-        self._estimate.averages.check(averages, known.blocks, chain)
-        inverses_of_known.check(inverses, {layer.name: layer.matrix(torch.detach) for layer in known.layers})
-        self._settled(lost)
-        self._estimate.averages.load(averages)
-        self._inverses.load(inverses)
-        self._steps = steps
-        self.generator.set_state(state_dict["generator"])
-        self._begin()
+        resume.load_preconditioner(self, state_dict)
 
     @property
     def _layers(self) -> tuple[Layer, ...]:
@@ -284,75 +260,21 @@ class KFACPreconditioner:
             estimate.found = before.without(self._model(), gone, self._fallback)  # type: ignore[arg-type]
             estimate.sharing |= sharing_of("expand", [x for x in estimate.found.layers if x not in before.layers])
             estimate.statistic.all = estimate.found.blocks
-            self._inverses = _inverses(self.structure, self.inverse_period, estimate.found.layers)
+            self._inverses = inverses_of(self.structure, self.inverse_period, estimate.found.layers)
             self._gone |= {layer.name: why for layer, why in gone.items()}
             _say("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()))
 
     def _precondition(self) -> None:
-        ready = {layer.name: layer for layer in self._layers if all(map(_is_trained, layer.parameters))}
-        Vs = ((name, self._gradient_of(layer)) for name, layer in ready.items())
-        agreement: Any = 0.0
-        changed = []
-        for name, U in self._inverses.apply(Vs):
-            parts = ready[name].parts(_gradient, U)
-            if self.kl_clip is not None:
-                agreement = agreement + torch.stack([(g * u).sum() for g, u in parts]).sum().abs()
-            for g, u in parts:
-                g.copy_(u)
-                changed.append(g)
-        if self.kl_clip is not None and changed:
-            kappa, lr = at(self._steps, "kl_clip", self.kl_clip), at(self._steps, "kl_lr", self.kl_lr)
-            torch._foreach_mul_(changed, torch.sqrt(kappa / (lr**2 * agreement)).clamp(max=1.0))
-
-    def _gradient_of(self, layer: Layer) -> Any:
-        """∇W (m, n), as the `OuterProduct` of the batch's own g and a where it is that and has an inverse for it."""
-        block = layer.dense
-        if block is not None and isinstance(self._inverses.inverses.get(layer.name), Kronecker):
-            uses = self._estimate.training.get(block)
-            if uses and (outer := outer_gradient(block, uses, layer.matrix(_gradient), self._steps)):
-                return outer
-        return layer.matrix(_gradient).to(self.factor_dtype)
+        clip = None
+        if self.kl_clip is not None:
+            clip = at(self._steps, "kl_clip", self.kl_clip), at(self._steps, "kl_lr", self.kl_lr)
+        precondition(self._layers, self._inverses, self._estimate.training, self.factor_dtype, clip, self._steps)
 
     @property
     def device(self) -> torch.device:
         return self._estimate.device
 
 
-def _values(estimator: Any, structure: Any, short: dict[str, Any]) -> tuple[Any, Any]:
-    """The estimator and the structure, each with the constants that belong to it."""
-    known = ("samples", "reduction", "grad_scaler", "exact_damping", "rank", "pi_norm")
-    if unknown := sorted(short.keys() - set(known)):
-        raise TypeError(f"got the unknown options {', '.join(unknown)}")
-    constants = [{name: short.get(name) for name in names} for names in (known[:3], ("rank", "pi_norm"))]
-    exact = short.get("exact_damping", False)
-    return estimator_of(estimator, **constants[0]), structure_of(structure, exact_damping=exact, **constants[1])
-
-
-def _inverses(structure: Any, period: Period, layers: Sequence[Layer]) -> Inverses:
-    if isinstance(structure, Tridiagonal):
-        return ChainInverse(structure, layers)
-    if structure == Factored(getattr(structure, "norm", "")) and period == 1:
-        structure = Factored(structure.norm, "cholesky")  # what is applied once is not worth an inverse
-    return Inverses(structure, layers)
-
-
 def _say(message: str) -> None:
     if message:
         warnings.warn(f"KFACPreconditioner {message}", stacklevel=3)
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    """The model itself, inside the wrappers of torch.compile and DistributedDataParallel."""
-    if hasattr(model, "_orig_mod"):
-        torch.compiler.reset()  # what was compiled before knows nothing of the hooks
-        return _unwrapped(model._orig_mod)
-    return _unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def _is_trained(parameter: Tensor) -> bool:
-    """Whether it has a gradient, and was not frozen since."""
-    return parameter.grad is not None and parameter.requires_grad
-
-
-def _gradient(parameter: Tensor) -> Any:
-    return parameter.grad

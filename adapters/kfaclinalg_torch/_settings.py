@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfaclinalg import Eigen, Exact, Factored, LowRank, Structure, Tridiagonal
 
+from ._estimators import estimator_of
 from ._layer import Layer
 
 Number = float | Callable[[int], float]
@@ -46,6 +47,16 @@ def at(step: int, name: str, value: Any) -> Any:
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     if not any(value is one or (isinstance(value, str) and value == one) for one in known):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def values_of(estimator: Any, structure: Any, short: dict[str, Any]) -> tuple[Any, Any]:
+    """The estimator and the structure, each with the constants that belong to it."""
+    known = ("samples", "reduction", "grad_scaler", "exact_damping", "rank", "pi_norm")
+    if unknown := sorted(short.keys() - set(known)):
+        raise TypeError(f"got the unknown options {', '.join(unknown)}")
+    constants = [{name: short.get(name) for name in names} for names in (known[:3], ("rank", "pi_norm"))]
+    exact = short.get("exact_damping", False)
+    return estimator_of(estimator, **constants[0]), structure_of(structure, exact_damping=exact, **constants[1])
 
 
 def structure_of(structure: Any, *, exact_damping: Any, rank: Any, pi_norm: str | None) -> Structure:
