@@ -44,6 +44,10 @@ class Found:
     def blocks(self) -> tuple[Block, ...]:
         return tuple(block for layer in self.layers for block in layer.blocks)
 
+    @property
+    def entries(self) -> list[Entries]:
+        return [block for block in self.blocks if isinstance(block, Entries)]
+
     def without(self, model: nn.Module, gone: Mapping[Layer, str], fallback: str) -> Found:
         """What remains where these layers turned out to be none, each for a reason."""
         left = {p: why for layer, why in gone.items() for block in layer.blocks for p in block.parameters}

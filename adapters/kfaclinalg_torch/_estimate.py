@@ -17,13 +17,12 @@ from ._averages import Averages
 from ._blocks import Dense
 from ._capture import Capture
 from ._discovery import Found
-from ._entries import Entries
 from ._estimators import Empirical, signs
 from ._gather import gather, in_full_precision
 from ._inverses import Averaged, Inverses
 from ._likelihoods import Likelihood, masked
 from ._processes import several_processes
-from ._settings import tensor_of
+from ._settings import mask_of, tensor_of
 from ._statistics import Statistic
 from ._use import Use
 from ._verdict import misjudged
@@ -73,7 +72,7 @@ class Estimate:
             return
         self._settle(outputs)
         uses, now = self.capture.uses, self.capture.now
-        parameters = {block.parameter: block.parameter for block in self._entries}
+        parameters = {block.parameter: block.parameter for block in self.found.entries}
         cotangents = self._cotangents(outputs)
         self._estimating = True
         try:
@@ -88,7 +87,7 @@ class Estimate:
 
     def average(self, gradients: Sequence[Tensor], inverses: Inverses) -> dict[str, Any] | None:
         """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
-        if not (self.statistic.empty or several_processes()):  # whose gradients may be those of another
+        if not (self.statistic.empty or several_processes()):  # whose gradients may be another's
             self._settle(None)
         new, links = self.statistic.moments(self.scale), inverses.links(self.statistic, self.scale)
         checked = [M.d if hasattr(M, "d") else M for found in new.values() for M in found] + list(gradients)
@@ -132,10 +131,7 @@ class Estimate:
         return gather(self.statistic, *args)
 
     def _mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        mask = self.mask(*args, **kwargs) if callable(self.mask) else self.mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-            raise TypeError(f"mask gives a {getattr(mask, 'dtype', type(mask).__name__)}, expected a boolean tensor")
-        return mask
+        return mask_of(self.mask, args, kwargs)
 
     def _keeps(self, use: Use) -> bool:
         """Whether `update` needs it."""
@@ -166,7 +162,7 @@ class Estimate:
             return
         if (outputs := self._outputs(returned)) is not None:
             self._settle(outputs)
-        entries = self._entries
+        entries = self.found.entries
         if isinstance(self.estimator, Empirical) and entries:
             outputs = tensor_of(self.outputs, returned)
             self._last = outputs, self.capture.now, entries
@@ -176,10 +172,6 @@ class Estimate:
         if self.settled is not None and (outputs is None or outputs.numel()):
             settled, self.settled = self.settled(), None
             settled(misjudged(self.capture.others, self.capture.called, self.found, outputs))
-
-    @property
-    def _entries(self) -> list[Entries]:
-        return [block for block in self.found.blocks if isinstance(block, Entries)]
 
     def _outputs(self, returned: Any) -> Tensor | None:
         """The outputs, where they can be told."""

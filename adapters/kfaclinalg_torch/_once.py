@@ -45,3 +45,9 @@ def still(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.track_running_stats = True
+
+
+def restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, held in buffers:
+            buffer.copy_(held)

@@ -17,10 +17,11 @@ from ._capture import Capture
 from ._discovery import FALLBACKS, found
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
+from ._once import restore
 from ._problem import NetworkProblem
-from ._settings import check_choice, tensor_of
+from ._settings import check_choice, mask_of, tensor_of
 from ._table import table_of
-from ._trained import Trained
+from ._trained import Group, Trained
 
 
 class KFAC(torch.optim.Optimizer):
@@ -79,7 +80,7 @@ class KFAC(torch.optim.Optimizer):
         self.info = None
         self._state: KFACState | None = None
         super().__init__([p for p in model.parameters() if p.requires_grad], {})
-        self.param_groups = [_Group(group) for group in self.param_groups]
+        self.param_groups = [Group(group) for group in self.param_groups]
         if message := known.message():
             warnings.warn(f"KFAC {message}", stacklevel=2)
 
@@ -121,7 +122,7 @@ class KFAC(torch.optim.Optimizer):
         self._trained.check()
         batch = Batch(inputs, targets, mask)
         if mask is None and self.mask is not None:
-            batch = Batch(inputs, targets, batch.call(self.mask))
+            batch = Batch(inputs, targets, mask_of(batch.call(self.mask), (), {}))
         options = self.options
         if self._state is not None:
             options = options._replace(curvature_fraction=self._state.curvature_fraction)
@@ -135,11 +136,11 @@ class KFAC(torch.optim.Optimizer):
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
             self._trained.network.assign(weights if self.info.refused else moved)
             if self.info.refused:
-                _restore(statistics)
+                restore(statistics)
         except BaseException:  # an interrupt too leaves nothing half done
             if weights is not None:
                 self._trained.network.assign(weights)
-            _restore(statistics)
+            restore(statistics)
             self._state, self.info = before
             self.options.generator.set_state(drawn)
             raise
@@ -196,18 +197,3 @@ class KFAC(torch.optim.Optimizer):
             ValueError: it is none, or of another structure or estimator, or of other layers. Nothing has changed then.
         """
         resume.load_kfac(self, state_dict)
-
-
-def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, held in buffers:
-            buffer.copy_(held)
-
-
-class _Group(dict[str, Any]):
-    """A parameter group that tells a learning-rate scheduler why there is no "lr"."""
-
-    def __missing__(self, key: str) -> Any:
-        if key == "lr":
-            raise ValueError("KFAC has no learning rate to schedule: the exact quadratic model sets the step's length")
-        raise KeyError(key)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-
-from kfaclinalg import LayerFactors
 
 from . import _resume as resume
 from ._chain import inverses_of
@@ -22,19 +19,19 @@ from ._gather import in_full_precision
 from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._preconditioned import precondition
-from ._settings import Number, Period, at, check_choice, check_numbers, dtype_of, sharing_of, values_of
+from ._seen import Seen
+from ._settings import Number, Period, at, check_choice, check_numbers, check_together, dtype_of, sharing_of, values_of
 from ._table import table_of
 
 
-class KFACPreconditioner:
+class KFACPreconditioner(Seen):
     """The gradient of every layer becomes G⁻¹ ∇W A⁻¹, and any optimizer of `torch.optim` takes it from there.
 
-    The layers: `Linear`, `Bilinear`, `Conv1d/2d/3d` and `ConvTranspose1d/2d/3d`, `Embedding`, `LayerNorm`, `RMSNorm`,
-    `GroupNorm`, `BatchNorm1d/2d/3d`, `MultiheadAttention`, `RNN`, `GRU`, `LSTM` and their cells; used several times and
-    with tied weights too. Of all other parameters the diagonal of the Fisher matrix is taken; `fallback` lists them,
-    and `skipped` what is left alone. A is the second moment of the inputs, G that of the gradients of one example's
-    loss, both averaged over the steps; the first dimension of the model's first input counts the examples. Forward
-    passes without gradients show nothing, whatever `train()` or `eval()` says.
+    The layers: linear and bilinear, convolutions, embeddings, normalisations, attention, recurrent layers and experts,
+    used several times and with tied weights too. Of all other parameters the diagonal of the Fisher matrix is taken;
+    `fallback` lists them, and `skipped` what is left alone. A is the second moment of the inputs, G that of the
+    gradients of one example's loss, both averaged over the steps; the first dimension of the model's first input counts
+    the examples. Forward passes without gradients show nothing, whatever `train()` or `eval()` says.
 
     Args:
         model: the module; inside `DistributedDataParallel` or `torch.compile` either it or the wrapper.
@@ -67,8 +64,7 @@ class KFACPreconditioner:
             estimator or a structure that is given by its short form.
 
     Raises:
-        TypeError, ValueError: a wrong option, or nothing that can be preconditioned; it says what came and what was
-            expected.
+        TypeError, ValueError: a wrong option, or nothing that can be preconditioned.
 
     >>> model = nn.Linear(2, 3)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -106,16 +102,8 @@ class KFACPreconditioner:
         periods = {"statistics_period": statistics_period, "inverse_period": inverse_period}
         check_numbers(damping=damping, decay=decay, **periods, kl_clip=kl_clip, kl_lr=1.0 if kl_lr is None else kl_lr)
         check_choice("fallback", fallback, FALLBACKS)
-        if kl_lr is not None and kl_clip is None:
-            raise ValueError("kl_lr would have no effect without kl_clip")
         self.estimator, self.structure = values_of(estimator, structure, short)
-        empirical = isinstance(self.estimator, Empirical)
-        if not empirical and likelihood is None:
-            raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
-        if empirical and likelihood is not None:
-            raise ValueError("likelihood would have no effect with the empirical estimator, which takes the loss's own")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
+        check_together(self.estimator, likelihood, kl_clip, kl_lr, generator)
         model = unwrapped(model)
         known = found(model, skip, table_of(layers), fallback)
         self.damping, self.decay = damping, decay
@@ -144,52 +132,8 @@ class KFACPreconditioner:
         self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none
         self._begin()
         weakref.finalize(self, self._estimate.capture.remove)  # where nobody has called `remove`
-        _say(known.message())
-
-    @property
-    def layers(self) -> dict[str, LayerFactors]:
-        """The moving averages of A and G, by the names of the modules."""
-        return dict(self._estimate.averages.layers)
-
-    @property
-    def fallback(self) -> dict[str, str]:
-        """By their names the parameters of which the diagonal is taken, and why."""
-        return dict(self._estimate.found.fallback)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """By their names the parameters that are left alone, and why."""
-        return dict(self._estimate.found.skipped)
-
-    @property
-    def rejected(self) -> int:
-        """How many statistics held a NaN or an infinity."""
-        return self._estimate.rejected
-
-    @property
-    def mask(self) -> Any:
-        """Which positions count."""
-        return self._estimate.mask
-
-    @mask.setter
-    def mask(self, mask: Any) -> None:
-        self._estimate.mask = mask
-
-    def update(self, outputs: Any) -> None:
-        """Take the statistics of the forward pass that gave these outputs, before the loss's backward pass.
-
-        Each sample, or column of the exact factor, is one backward pass through the layers, without weight gradients.
-        Where no statistic is due, nothing happens.
-
-        Args:
-            outputs: what the model returned, of which the option `outputs` takes the tensor; or that tensor.
-
-        Raises:
-            ValueError: the estimator is "empirical", which takes the loss's own backward pass.
-        """
-        if isinstance(self.estimator, Empirical):
-            raise ValueError("estimator 'empirical' takes its statistics from loss.backward(): do not call update()")
-        self._estimate.update(outputs)
+        if message := known.message():
+            warnings.warn(f"KFACPreconditioner {message}", stacklevel=2)
 
     @in_full_precision
     def step(self) -> None:
@@ -214,24 +158,13 @@ class KFACPreconditioner:
         self._inverses.refresh(self._steps, period, damping, estimate.averaged)
         if new is not None:
             self._inverses.observe(estimate.statistic, new, scale, self.decay, damping)
-        self._precondition()
+        clip = None
+        if self.kl_clip is not None:
+            clip = at(self._steps, "kl_clip", self.kl_clip), at(self._steps, "kl_lr", self.kl_lr)
+        precondition(self._layers, self._inverses, estimate.training, self.factor_dtype, clip, self._steps)
         self._steps += 1
         estimate.capture.uses = []
         self._begin()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Capture nothing in the passes under the `with`."""
-        capture = self._estimate.capture
-        before, capture.paused = capture.paused, True
-        try:
-            yield
-        finally:
-            capture.paused = before
-
-    def remove(self) -> None:
-        """Take all hooks away; the model is then as it was."""
-        self._estimate.capture.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, in tensors, numbers, lists and dictionaries."""
@@ -262,19 +195,4 @@ class KFACPreconditioner:
             estimate.statistic.all = estimate.found.blocks
             self._inverses = inverses_of(self.structure, self.inverse_period, estimate.found.layers)
             self._gone |= {layer.name: why for layer, why in gone.items()}
-            _say("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()))
-
-    def _precondition(self) -> None:
-        clip = None
-        if self.kl_clip is not None:
-            clip = at(self._steps, "kl_clip", self.kl_clip), at(self._steps, "kl_lr", self.kl_lr)
-        precondition(self._layers, self._inverses, self._estimate.training, self.factor_dtype, clip, self._steps)
-
-    @property
-    def device(self) -> torch.device:
-        return self._estimate.device
-
-
-def _say(message: str) -> None:
-    if message:
-        warnings.warn(f"KFACPreconditioner {message}", stacklevel=3)
+            warnings.warn("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()), stacklevel=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfaclinalg import Eigen, Exact, Factored, LowRank, Structure, Tridiagonal
 
-from ._estimators import estimator_of
+from ._estimators import Empirical, estimator_of
 from ._layer import Layer
 
 Number = float | Callable[[int], float]
@@ -33,6 +33,19 @@ def check_numbers(**options: Any) -> None:
                 raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
         elif not 0 <= float(value) < (1 if name == "decay" else math.inf):
             raise ValueError(f"{name} is {value!r}, expected a number in [0, {1 if name == 'decay' else '∞'})")
+
+
+def check_together(estimator: Any, likelihood: Any, kl_clip: Any, kl_lr: Any, generator: Any) -> None:
+    """A ValueError where one option leaves another without effect, or lacks it."""
+    if kl_lr is not None and kl_clip is None:
+        raise ValueError("kl_lr would have no effect without kl_clip")
+    empirical = isinstance(estimator, Empirical)
+    if not empirical and likelihood is None:
+        raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
+    if empirical and likelihood is not None:
+        raise ValueError("likelihood would have no effect with the empirical estimator, which takes the loss's own")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
 
 
 def at(step: int, name: str, value: Any) -> Any:
@@ -123,4 +136,12 @@ def tensor_of(outputs: Any, returned: Any) -> Tensor:
             f"outputs is a {type(found).__name__}, expected a tensor: say with outputs= which of what the model "
             "returns the likelihood is of, by a function, or a key, index or attribute"
         )
+    return found
+
+
+def mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Which positions of these inputs count: the mask itself, or what it gives for them."""
+    found = mask(*args, **kwargs) if callable(mask) else mask
+    if found is not None and (not isinstance(found, Tensor) or found.dtype != torch.bool):
+        raise TypeError(f"mask gives a {getattr(found, 'dtype', type(found).__name__)}, expected a boolean tensor")
     return found

@@ -100,3 +100,12 @@ def _check_kinds(layers: tuple[Layer, ...]) -> None:
                 )
             if p.device != first.device:
                 raise ValueError(f"{layer.name} is on {p.device}, expected {first.device}, as the others are")
+
+
+class Group(dict[str, Any]):
+    """A parameter group that tells a learning-rate scheduler why there is no "lr"."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "lr":
+            raise ValueError("KFAC has no learning rate to schedule: the exact quadratic model sets the step's length")
+        raise KeyError(key)
