@@ -40,6 +40,7 @@ class Capture:
     ) -> None:
         # The model holds the hooks; what they call must not live as long as it does.
         self.kept, self.followed, self.arrived, self.ended = map(_weakly, (kept, followed, arrived, ended))
+        self.sites = sites
         self.mask_of = None if mask_of is None else _weakly(mask_of)
         self.uses: list[Use] = []
         self.others: dict[nn.Module, str] = {}
@@ -59,6 +60,12 @@ class Capture:
             else:
                 self._handles.append(module.register_forward_hook(partial(self._after, site), with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))  # after those of the model's own blocks
+
+    def leave(self, gone: Mapping[Block, str]) -> None:
+        """Let the modules of which all blocks are gone do what they did before."""
+        for module, site in self.sites.items():
+            if site.blocks and all(block in gone for block in site.blocks):
+                self.others.setdefault(module, gone[site.blocks[0]])
 
     def remove(self) -> None:
         self.removed = True

@@ -53,15 +53,18 @@ class Found:
         left = {p: why for layer, why in gone.items() for block in layer.blocks for p in block.parameters}
         kept = tuple(layer for layer in self.layers if layer not in gone)
         entries, diagonal, skipped = _left(model, left, fallback)
-        return Found((*kept, *entries), self.sites, self.fallback | diagonal, self.skipped | skipped)
+        blocks = {block for layer in kept for block in layer.blocks}
+        sites = {m: replace(s, blocks=tuple(b for b in s.blocks if b in blocks)) for m, s in self.sites.items()}
+        return Found((*kept, *entries), sites, self.fallback | diagonal, self.skipped | skipped)
 
-    def message(self) -> str:
-        """What is said once, of parameters that no rule treats; empty where there are none."""
-        frozen = [name for name, reason in self.skipped.items() if reason == FROZEN]
-        alone = {name: reason for name, reason in self.skipped.items() if name not in frozen}
+    def message(self, before: Found | None = None) -> str:
+        """What is said once, of parameters that no rule treats, but for those that were said before."""
+        said = before.fallback | before.skipped if before else {}
+        alone = {name: why for name, why in self.skipped.items() if why != FROZEN and name not in said}
+        diagonal = {name: why for name, why in self.fallback.items() if name not in said}
         parts = [f"leaves some gradients as they are ({_listed(alone)})"] if alone else []
-        if self.fallback:
-            parts.append(f"takes the diagonal of the Fisher matrix for some parameters ({_listed(self.fallback)})")
+        if diagonal:
+            parts.append(f"takes the diagonal of the Fisher matrix for some parameters ({_listed(diagonal)})")
         return " and ".join(parts)
 
 

@@ -51,14 +51,14 @@ class Estimate:
         self.device = found.layers[0].parameters[0].device
         self.averages = Averages(decay)
         self.rejected = 0
-        self.due = self.keep = self._estimating = False
+        self.due = self._estimating = False
         self.settled: Callable[..., Any] | None = WeakMethod(settled)
         self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
         self._last: Any = None  # the outputs of the last pass, its number and what the diagonal is taken of
 
     def begin(self, due: bool, keep: bool) -> None:
         """A new statistic, if this step takes one; `keep` where more than A and G is made of it."""
-        self.due, self.keep = due, keep
+        self.due = due
         self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep)
         self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
         self._last = None
@@ -157,7 +157,7 @@ class Estimate:
             self.training.setdefault(use.block, []).append((use, g))
 
     def _ended(self, returned: Any) -> None:
-        """After the first pass see which layers are none; follow the outputs where a loss's diagonal is wanted."""
+        """After a first pass see which layers are none; follow the outputs where a loss's diagonal is wanted."""
         if not self.due:
             return
         if (outputs := self._outputs(returned)) is not None:
@@ -171,7 +171,9 @@ class Estimate:
     def _settle(self, outputs: Tensor | None) -> None:
         if self.settled is not None and (outputs is None or outputs.numel()):
             settled, self.settled = self.settled(), None
-            settled(misjudged(self.capture.others, self.capture.called, self.found, outputs))
+            gone = misjudged(self.capture.others, self.capture.called, self.found, outputs)
+            self.capture.leave({block: why for layer, why in gone.items() for block in layer.blocks})
+            settled(gone)
 
     def _outputs(self, returned: Any) -> Tensor | None:
         """The outputs, where they can be told."""

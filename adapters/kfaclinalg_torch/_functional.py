@@ -28,9 +28,9 @@ def linears(name: str, module: nn.Module) -> Iterator[Block]:
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether it may be a mixture of experts: all that it has itself are stacks of as many matrices."""
+    """Whether it may be a mixture of experts: all that it has itself are stacks of as many matrices, two or more."""
     own = list(module.parameters(recurse=False))
-    return bool(own) and all(p.ndim == 3 for p in own) and len({len(p) for p in own}) == 1
+    return bool(own) and all(p.ndim == 3 and len(p) > 1 for p in own) and len({len(p) for p in own}) == 1
 
 
 def experts(name: str, module: nn.Module) -> Iterator[Block]:
@@ -46,8 +46,10 @@ def forward(module: nn.Module, see: See, *args: Any, **kwargs: Any) -> Any:
     weights = {child.weight: key for key, child in module.named_children() if isinstance(child, nn.Linear)}
     stacks = {p: key for key, p in module.named_parameters(recurse=False)}
     own: Any = type(module).forward
-    with _Linears(weights | stacks, see):  # the pass as it is written, without a way for many experts at once
-        return getattr(own, "__wrapped__", own)(module, *args, **kwargs)
+    if type(module).__module__.startswith("transformers."):  # whose decorator takes all experts at once
+        own = getattr(own, "__wrapped__", own)
+    with _Linears(weights | stacks, see):
+        return own(module, *args, **kwargs)
 
 
 class _Linears(TorchFunctionMode):

@@ -195,4 +195,4 @@ class KFACPreconditioner(Seen):
             estimate.statistic.all = estimate.found.blocks
             self._inverses = inverses_of(self.structure, self.inverse_period, estimate.found.layers)
             self._gone |= {layer.name: why for layer, why in gone.items()}
-            warnings.warn("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()), stacklevel=2)
+            warnings.warn(f"KFACPreconditioner {estimate.found.message(before)}", stacklevel=2)

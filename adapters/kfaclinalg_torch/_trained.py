@@ -66,16 +66,19 @@ class Trained:
             devices = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices), still(self.model), torch.enable_grad():
                 outputs = tensor_of(batch.call(self.model))
-                self.without(misjudged(capture.others, capture.called, self.found, outputs))
+                gone = misjudged(capture.others, capture.called, self.found, outputs)
+                capture.leave({block: why for layer, why in gone.items() for block in layer.blocks})
+                self.without(gone)
         finally:
             capture.paused = True
         self.probed = True
 
     def without(self, gone: Mapping[Layer, str]) -> None:
         if gone:
-            self.take(self.found.without(self.model, gone, self.fallback))
+            before = self.found
+            self.take(before.without(self.model, gone, self.fallback))
             self.gone |= {layer.name: why for layer, why in gone.items()}
-            warnings.warn("; ".join(f"{layer.name}: {why}" for layer, why in gone.items()), stacklevel=5)
+            warnings.warn(f"KFAC {self.found.message(before)}", stacklevel=6)
 
 
 def _always(use: Any) -> bool:

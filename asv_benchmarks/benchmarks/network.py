@@ -76,6 +76,39 @@ OPERATIONS = {
         net.low_rank_inverse,
         **SIZES,
     ),
+    "LowRank.inverse": Operation(
+        lambda new, n: (
+            net.factors(new, n),
+            [new.matrix(d, n // 8 + 5) for _ in range(net.LAYERS) for d in (n, n // 2)],
+        ),
+        lambda F, _: kf.LowRank(len(F.layers[0].A) // 8).inverse(F, net.GAMMA),
+        net.low_rank_inverse,
+        **SIZES,
+    ),
+    **operations(
+        "",
+        lambda new, n: (net.factors(new, n),),
+        {
+            "Factored.inverse": (lambda F: kf.Factored().inverse(F, net.GAMMA), net.block_diagonal),
+            "Tridiagonal.inverse": (lambda F: kf.Tridiagonal().inverse(F, net.GAMMA), net.block_tridiagonal),
+            "Exact.fitted": (lambda F: kf.Exact().fitted(F, None), net.spectra),
+            "Eigen.fitted": (lambda F: kf.Eigen().fitted(F, None), net.spectra),
+        },
+        **SIZES,
+    ),
+    **operations(
+        "",
+        lambda new, n: (kf.Exact().fitted(net.factors(new, n), None),),
+        {
+            "Exact.inverse": (lambda F: kf.Exact().inverse(F, net.GAMMA), net.shifted_reciprocals),
+            "Eigen.inverse": (lambda F: kf.Eigen().inverse(F, net.GAMMA), net.shifted_reciprocals),
+            "Eigen.observed": (
+                lambda F: kf.Eigen().observed(F, [Q.weights for Q in F], decay=net.DECAY),
+                lambda by, F: [net.DECAY * Q.weights + (1 - net.DECAY) * Q.weights for Q in F],
+            ),
+        },
+        **SIZES,
+    ),
     **operations(
         "BlockDiagonal.",
         net.blocks,

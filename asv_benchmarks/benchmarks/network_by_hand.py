@@ -60,6 +60,16 @@ def block_diagonal(by, F):
     return [[by.inverse(M) for M in damped(by, layer)] for layer in F.layers]
 
 
+def spectra(by, F):
+    """Eigenvalues of every layer, in the eigenvectors of its sides."""
+    pairs = [[by.eigh(M) for M in layer] for layer in F.layers]
+    return [(Q_A, Q_G, by.xp.outer(g, a)) for (a, Q_A), (g, Q_G) in pairs]
+
+
+def shifted_reciprocals(by, F):
+    return [1 / (Q.weights + GAMMA**2) for Q in F]
+
+
 def conditional(by, M, above, X):
     """Psi, K and s of one side of a layer given the next."""
     L, L_above = by.cholesky(M), by.cholesky(above)

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from _demo_page import COLOURS, FAINT, INK, STYLE
 from kfaclinalg import block_diagonal_inverse, block_tridiagonal_inverse, fit_quadratic, inner_products
 from kfaclinalg_torch import KFAC
-from kfaclinalg_torch._problem import Batch, NetworkProblem
+from kfaclinalg_torch._batch import Batch
+from kfaclinalg_torch._problem import NetworkProblem
 from mnist_autoencoder import autoencoder, print_table
 
 SIZES = (64, 100, 50, 25, 6, 25, 50, 100, 64)
@@ -59,8 +60,8 @@ def train(iterations: int, damping: float, seed: int) -> Checkpoint:
             bar.set_postfix(h=f"{optimizer.step(digits, digits):.3f}", refresh=False)
     state, options = optimizer.state_dict()["state"], optimizer.options
     everything = options._replace(curvature_fraction=1.0)  # the exact Fisher of all digits, so that nothing is random
-    problem = NetworkProblem(model, optimizer.layers, optimizer.likelihood, Batch(digits, digits), everything)
-    weights = tuple(layer.matrix() for layer in optimizer.layers)
+    problem = optimizer._problem(Batch(digits, digits), optimizer._trained.capture(), everything)
+    weights = optimizer._trained.network.weights()
     damping = state["damping"] + options.weight_decay
     return Checkpoint(problem, weights, optimizer.factors, tuple(state["update"]), damping, state["gamma"])
 

@@ -1,6 +1,7 @@
 """The open table: rules against the dense Fisher matrix by torch.func, subclasses, rules of one's own, the fallback."""
 
 import warnings
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -368,6 +369,49 @@ def test_weights_that_are_used_without_a_call_get_the_diagonal(estimator):
     preconditioner = preconditioned(model, x, y, estimator)
     assert preconditioner.fallback.keys() == {"layer.weight", "layer.bias"}
     assert preconditioner.layers.keys() == {"first", "layer.weight", "layer.bias"}
+
+
+def doubled(forward):
+    """A decorator that changes what a pass returns."""
+
+    @wraps(forward)
+    def run(self, x):
+        return 2 * forward(self, x)
+
+    return run
+
+
+class Positions(nn.Module):
+    """A stack of matrices that is none of a mixture of experts, under a decorator."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.first, self.head, self.stack = nn.Linear(3, 4), nn.Linear(4, 3), nn.Parameter(torch.randn(stack, 2, 4))
+
+    @doubled
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)[:, None, None] + self.stack).mean((1, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:KFAC")
+@pytest.mark.parametrize("stack", [1, 3])
+def test_no_pass_is_another_function_under_it(stack):
+    torch.manual_seed(0)
+    model, x, y = Positions(stack), torch.randn(6, 3), torch.randint(3, (6,))
+    expected = model(x)
+    loss = functional.cross_entropy(expected, y)
+    optimizer = KFAC(model, "categorical", weight_decay=0.0)
+    assert optimizer.step(x, y) == pytest.approx(float(loss.detach()))
+    assert optimizer.fallback.keys() == {"stack"}
+    expected = model(x)
+    preconditioner = KFACPreconditioner(model, likelihood="categorical")
+    for _ in range(3):
+        came = model(x)
+        torch.testing.assert_close(came, expected, rtol=0, atol=0)
+        preconditioner.update(came)
+        functional.cross_entropy(came, y).backward()
+        preconditioner.step()
+    assert preconditioner.fallback.keys() == {"stack"}
 
 
 # -- the diagonal of the Fisher matrix --
