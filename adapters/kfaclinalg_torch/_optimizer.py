@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import Factors, KFACOptions, KFACState, StepInfo, kfac_step
+from kfaclinalg import Factors, KFACOptions, KFACState, LayerFactors, StepInfo, kfac_step
 
 from . import _resume as resume
 from ._batch import Batch
@@ -86,13 +86,14 @@ class KFAC(torch.optim.Optimizer):
 
     @property
     def factors(self) -> Factors | None:
-        """The moving averages of the second moments, in the order of `layers`; None before the first step."""
+        """The moving averages of the second moments; None before the first step."""
         return self._state.factors if self._state else None
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """The names of the layers, in the order of the factors."""
-        return tuple(layer.name for layer in self._trained.layers)
+    def layers(self) -> dict[str, LayerFactors]:
+        """The same by the names of the layers."""
+        factors = self.factors
+        return dict(zip(self._trained.names, factors.layers, strict=True)) if factors else {}
 
     @property
     def fallback(self) -> dict[str, str]:

@@ -43,6 +43,10 @@ class Trained:
         self.sharing, self.owners = sharing_of(kept, self.layers), owners(self.model, self.layers)
         self.network = Network(self.model, self.layers)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
     def check(self) -> None:
         """A ValueError names what was replaced, moved or frozen since."""
         for owner in self.owners:

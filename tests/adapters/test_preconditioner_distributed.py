@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import distributed, nn
 from torch.nn import functional
 from training import (
@@ -140,3 +141,19 @@ def test_two_processes_give_what_one_gives_on_the_whole_batch(processes, name):
             assert_near(process[name][0], found, c=1000)
     # To the last bit, or else the copies of the model would drift apart: nobody sends the weights round again.
     assert_same(processes[0][name], processes[1][name])
+
+
+def test_sharded_parameters_are_refused_before_and_after(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, (x, y) = network(4, 5, 3), batch()
+        preconditioner = preconditioned(model)
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        backward(model, preconditioner, x, y)
+        with pytest.raises(ValueError, match="was replaced since the preconditioner was made"):
+            preconditioner.step()
+        with pytest.raises(ValueError, match="sharded parameters"):
+            preconditioned(model)
+    finally:
+        torch.distributed.destroy_process_group()

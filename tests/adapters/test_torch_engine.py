@@ -86,7 +86,7 @@ def test_its_factors_are_those_of_the_preconditioner(structure, sharing):
     functional.cross_entropy(twin(x), y).backward()
     preconditioner.step()
     expected = preconditioner._estimate.averaged.layers
-    for name, came in zip(optimizer.layers, factors.layers, strict=True):
+    for name, came in zip(optimizer._trained.names, factors.layers, strict=True):
         if name != "token":  # whose diagonal has random signs
             for pair in zip(came, expected[name], strict=True):
                 M, N = (X.to_dense() if isinstance(X, Diagonal) else X for X in pair)
@@ -113,7 +113,9 @@ def test_it_trains_everything_at_once(structure):
     (x, y), model = mixed_batch(N=32), Everything()
     optimizer = KFAC(model, "categorical", structure=structure, damping=0.1, curvature_fraction=1.0)
     assert optimizer.fallback.keys() == {"token"}
+    assert optimizer.layers == {}
     losses = [optimizer.step(x, y) for _ in range(25)]
+    assert set(optimizer.layers) == set(optimizer._trained.names)
     assert optimizer.info.refused == ""
     assert losses[-1] < 0.7 * losses[0]
 
@@ -258,8 +260,8 @@ def test_what_has_no_neighbours_is_block_diagonal_beside_the_chain():
     optimizer.step(x, y)
     inverse, factors = optimizer._state.inverse, optimizer.factors
     chain = len(inverse.Psi_A) + 1
-    assert 1 < chain < len(optimizer.layers)
-    assert {"embedding", "norm", "token"} & set(optimizer.layers[:chain]) == set()
+    assert 1 < chain < len(optimizer._trained.names)
+    assert {"embedding", "norm", "token"} & set(optimizer._trained.names[:chain]) == set()
     Vs = tuple(torch.randn_like(layer.matrix(torch.detach)) for layer in optimizer._trained.layers)
     beside = block_diagonal_inverse(factors._replace(layers=factors.layers[chain:], links=()), optimizer._state.gamma)
     for came, expected in zip(inverse.apply(Vs)[chain:], beside.apply(Vs[chain:]), strict=True):

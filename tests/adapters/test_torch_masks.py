@@ -133,7 +133,7 @@ def test_kfac_counts_what_the_mask_counts(structure):
     factors = whole.factors(weights, structure == "block-tridiagonal")
     found = [part.factors(weights, structure == "block-tridiagonal") for part in parts]
     rows = torch.tensor(LENGTHS) / sum(LENGTHS)
-    for i, name in enumerate(optimizer.layers):
+    for i, name in enumerate(optimizer._trained.names):
         G = sum(one.layers[i].G for one in found) / 3
         torch.testing.assert_close(factors.layers[i].G, G, rtol=1e-9, atol=1e-12)
         if name in ("layer", "head"):

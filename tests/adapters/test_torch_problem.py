@@ -201,7 +201,7 @@ def test_frozen_layers_are_left_out():
     model.append(nn.LayerNorm(3).double().requires_grad_(False))
     model[2].requires_grad_(False)
     optimizer = KFAC(model, "gaussian")
-    assert optimizer.layers == ("0", "4")
+    assert optimizer._trained.names == ("0", "4")
     assert optimizer.skipped == dict.fromkeys(("2.weight", "2.bias", "5.weight", "5.bias"), "frozen")
 
 
