@@ -11,6 +11,7 @@ from kfaclinalg import Factors, LayerFactors, Link, averaging_decay, moving_aver
 
 from ._blocks import Block
 from ._checkpoint import check, check_keys, check_links, check_moments, is_number
+from ._inverses import Averaged
 from ._layer import Layer
 from ._statistics import Held
 
@@ -38,6 +39,11 @@ class Averages:
         if links:
             old = Factors((), self.links) if self.links else None
             self.links = moving_average(old, Factors((), links), decay=epsilon).links
+
+    def of(self, layers: Sequence[Layer]) -> Averaged:
+        """Those of the layers, with each weight that is shared once."""
+        known = {layer.name: M for layer in layers if (M := layer.factors(self.layers)) is not None}
+        return Averaged(known, self.links)
 
     def state(self) -> dict[str, Any]:
         return {"moments": self.layers, "links": self.links, "taken": self.taken}

@@ -11,7 +11,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import LayerFactors, OuterProduct
+from kfaclinalg import OuterProduct
 
 from ._averages import Averages
 from ._blocks import Dense
@@ -19,7 +19,7 @@ from ._capture import Capture
 from ._discovery import Found
 from ._estimators import Empirical, signs
 from ._gather import gather, in_full_precision
-from ._inverses import Averaged, Inverses
+from ._inverses import Inverses
 from ._likelihoods import Likelihood, masked
 from ._processes import several_processes
 from ._settings import mask_of, tensor_of
@@ -54,14 +54,14 @@ class Estimate:
         self.due = self._estimating = False
         self.settled: Callable[..., Any] | None = WeakMethod(settled)
         self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
-        self._last: Any = None  # the outputs of the last pass, its number and what the diagonal is taken of
+        self._ends: dict[int, Any] = {}  # the outputs of each pass, and what the diagonal is taken of
 
     def begin(self, due: bool, keep: bool) -> None:
         """A new statistic, if this step takes one; `keep` where more than A and G is made of it."""
         self.due = due
         self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep)
         self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
-        self._last = None
+        self._ends = {}
 
     def update(self, returned: Any) -> None:
         """Take the statistics of the forward pass that returned this."""
@@ -107,13 +107,6 @@ class Estimate:
     def scale(self) -> float:
         """What takes a captured gradient to that of one example's loss."""
         return self.estimator.scale(self.statistic.examples) if isinstance(self.estimator, Empirical) else 1.0
-
-    @property
-    def averaged(self) -> Averaged:
-        """The averages of the layers, with each weight that is shared once."""
-        layers = {layer.name: layer.factors(self.averages.layers) for layer in self.found.layers}
-        known: dict[str, LayerFactors] = {name: layer for name, layer in layers.items() if layer is not None}
-        return Averaged(known, self.averages.links)
 
     def _cotangents(self, outputs: Tensor) -> Iterator[Tensor]:
         passes = {use.of for use in self.capture.uses} or {self.capture.now}
@@ -164,9 +157,9 @@ class Estimate:
             self._settle(outputs)
         entries = self.found.entries
         if isinstance(self.estimator, Empirical) and entries:
-            outputs = tensor_of(self.outputs, returned)
-            self._last = outputs, self.capture.now, entries
-            outputs.register_hook(partial(self._signed, self.capture.now.number))
+            outputs, now = tensor_of(self.outputs, returned), self.capture.now
+            self._ends[now.number] = outputs, now, entries
+            outputs.register_hook(partial(self._signed, now.number))
 
     def _settle(self, outputs: Tensor | None) -> None:
         if self.settled is not None and (outputs is None or outputs.numel()):
@@ -186,9 +179,9 @@ class Estimate:
     @in_full_precision
     def _signed(self, number: int, g: Tensor) -> None:
         """Σ ε_n ∂L_n/∂p, with a random sign for each example."""
-        if self._estimating or self._last is None or self._last[1].number != number:
+        if self._estimating or number not in self._ends:
             return
-        outputs, of, entries = self._last
+        outputs, of, entries = self._ends.pop(number)
         N = of.examples if of.examples and len(g) % of.examples == 0 else len(g)
         cotangent = (signs(N, self.generator, g) * g.reshape(N, -1)).reshape(g.shape)
         self._estimating = True

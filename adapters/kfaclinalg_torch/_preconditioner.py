@@ -155,7 +155,7 @@ class KFACPreconditioner(Seen):
         if not estimate.averages.taken and not shown:
             missing = "loss.backward()" if isinstance(self.estimator, Empirical) else "update(outputs)"
             raise RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
-        self._inverses.refresh(self._steps, period, damping, estimate.averaged)
+        self._inverses.refresh(self._steps, period, damping, estimate.averages.of(self._layers))
         if new is not None:
             self._inverses.observe(estimate.statistic, new, scale, self.decay, damping)
         clip = None

@@ -85,7 +85,7 @@ def test_its_factors_are_those_of_the_preconditioner(structure, sharing):
     preconditioner.update(twin(x))
     functional.cross_entropy(twin(x), y).backward()
     preconditioner.step()
-    expected = preconditioner._estimate.averaged.layers
+    expected = preconditioner._estimate.averages.of(preconditioner._layers).layers
     for name, came in zip(optimizer._trained.names, factors.layers, strict=True):
         if name != "token":  # whose diagonal has random signs
             for pair in zip(came, expected[name], strict=True):

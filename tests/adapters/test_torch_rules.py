@@ -462,6 +462,21 @@ def test_the_diagonal_of_the_fallback_is_unbiased(estimator):
         assert float((error / expected).max()) < 0.1  # so that a factor would show
 
 
+def test_two_passes_before_their_backward_passes_are_one_batch(monkeypatch):
+    torch.manual_seed(0)
+    model, (x, y) = Token(), (torch.randn(6, 3), torch.randint(3, (6,)))
+    with pytest.warns(UserWarning, match="diagonal of the Fisher matrix"):
+        preconditioner = KFACPreconditioner(model, estimator="empirical")
+    statistic, seen = preconditioner._estimate.statistic, []
+    monkeypatch.setattr(statistic, "add_entries", lambda block, g: seen.append(block.name))
+    passes = [model(x[:2]), model(x[2:])]
+    sum(
+        functional.cross_entropy(z, t, reduction="sum") / 6 for z, t in zip(passes, (y[:2], y[2:]), strict=True)
+    ).backward()
+    assert sorted(seen) == ["scale", "scale", "token", "token"]
+    assert statistic.examples == 6
+
+
 def test_a_step_of_the_diagonal_is_damped_as_the_others_are():
     torch.manual_seed(0)
     model, x = Token(), (torch.randn(5, 3),)
