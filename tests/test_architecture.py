@@ -110,8 +110,8 @@ def test_an_adapter_imports_public_names_and_its_own_framework(path):
             assert set(names) <= set(kfaclinalg.__all__)
 
 
-def test_no_core_module_outgrows_its_page():
-    for path in core_modules():
+def test_no_module_outgrows_its_page():
+    for path in [*core_modules(), *ADAPTERS.rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 200, f"{path.stem} is longer than 200 lines"
 
 
@@ -149,3 +149,7 @@ def test_what_is_created_has_a_dtype_and_a_device(path):
             given = {keyword.arg for keyword in node.keywords}
             needed = {"device"} if node.func.attr == "asarray" else {"dtype", "device"}
             assert needed <= given, f"{path.stem}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_the_inner_modules_of_the_torch_adapter_have_an_underscore():
+    assert [path.name for path in (ADAPTERS / "kfaclinalg_torch").glob("[!_]*.py")] == []
