@@ -131,7 +131,7 @@ class KFAC(torch.optim.Optimizer):
         statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # running ones
         capture, weights = self._trained.capture(), None
         try:
-            self._trained.probe(capture, batch, self._tensor_of)
+            self._trained.probe(capture, next(batch.chunks(options.chunk_size))[1], self._tensor_of)
             weights = self._trained.network.weights()
             problem = self._problem(batch, capture, options)
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)

@@ -170,6 +170,14 @@ def test_running_statistics_move_once_a_step(chunk_size):
     torch.testing.assert_close(model.batch.running_mean, twin.batch.running_mean)
 
 
+def test_no_pass_sees_more_than_a_chunk():
+    torch.manual_seed(0)
+    (x, y), model, sizes = mixed_batch(N=12), Everything(), []
+    model.embedding.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    KFAC(model, "categorical", damping_period=1, chunk_size=5).step(x, y)
+    assert max(sizes) <= 5
+
+
 # -- neighbours --
 
 
