@@ -48,7 +48,7 @@ class Capture:
         self.paused = self.removed = False
         self.always = always  # whether a rule's forward takes the place of the module's in passes that show nothing
         self.now = Pass(0, 0)
-        self._trusted: set[nn.Module] = set()
+        self.trusted: set[nn.Module] = set()
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._replaced = []
         for module, site in sites.items():
@@ -124,14 +124,14 @@ class Capture:
 
     def _is_its_rule(self, site: Site, module: nn.Module, output: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the module does what its rule says: compared in the first pass that shows it."""
-        if site.rule.formula is None or module in self._trusted:
+        if site.rule.formula is None or module in self.trusted:
             return True
         if module in self.others:
             return False
         if why := disagreement(site, module, output, args, kwargs):
             self.others[module] = why
         else:
-            self._trusted.add(module)
+            self.trusted.add(module)
         return not why
 
     def _record(self, block: Block, x: Tensor, output: Tensor, mask: Tensor | None, *others: Any) -> None:

@@ -46,15 +46,19 @@ class Estimate:
         mask: Any,
         settled: Callable[[dict[Any, str]], None],
     ) -> None:
-        self.found, self.estimator, self.likelihood, self.sharing = found, estimator, likelihood, sharing
+        self.take(found)
+        self.estimator, self.likelihood, self.sharing = estimator, likelihood, sharing
         self.dtype, self.generator, self.outputs, self.mask = dtype, generator, outputs, mask
         self.device = found.layers[0].parameters[0].device
         self.averages = Averages(decay)
-        self.rejected = 0
-        self.due = self._estimating = False
+        self.rejected, self.due, self._estimating = 0, False, False
         self.settled: Callable[..., Any] | None = WeakMethod(settled)
         self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
         self._ends: dict[int, Any] = {}  # the outputs of each pass, and what the diagonal is taken of
+
+    def take(self, found: Found) -> None:
+        """These are the layers."""
+        self.found, self._blocks = found, set(found.blocks)
 
     def begin(self, due: bool, keep: bool) -> None:
         """A new statistic, if this step takes one; `keep` where more than A and G is made of it."""
@@ -71,7 +75,7 @@ class Estimate:
         if not self.due or self.capture.paused:
             return
         self._settle(outputs)
-        uses, now = self.capture.uses, self.capture.now
+        uses, now = [use for use in self.capture.uses if use.block in self._blocks], self.capture.now
         parameters = {block.parameter: block.parameter for block in self.found.entries}
         cotangents = self._cotangents(outputs)
         self._estimating = True
@@ -119,20 +123,19 @@ class Estimate:
         examples = max(one.examples for one in passes)
         return self.estimator.cotangents(masked(likelihood, of.mask, outputs), outputs, examples, self.generator)
 
-    @in_full_precision
-    def _gather(self, *args: Any) -> list[bool]:
-        return gather(self.statistic, *args)
+    _gather = in_full_precision(lambda self, *args: gather(self.statistic, *args))
 
     def _mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
         return mask_of(self.mask, args, kwargs)
 
     def _keeps(self, use: Use) -> bool:
         """Whether `update` needs it."""
-        return self.due and not isinstance(self.estimator, Empirical)
+        return self.due and not isinstance(self.estimator, Empirical) and use.block in self._blocks
 
     def _follows(self, use: Use) -> bool:
         """Whether its gradient in the loss's backward pass is needed."""
-        return (self.due and isinstance(self.estimator, Empirical)) or self._may_be_outer(use)
+        wanted = (self.due and isinstance(self.estimator, Empirical)) or self._may_be_outer(use)
+        return wanted and use.block in self._blocks
 
     def _may_be_outer(self, use: Use) -> bool:
         block, x = use.block, use.inputs
@@ -142,7 +145,7 @@ class Estimate:
 
     @in_full_precision
     def _arrived(self, use: Use, g: Tensor) -> None:
-        if self._estimating:
+        if self._estimating or use.block not in self._blocks:
             return
         if self.due and isinstance(self.estimator, Empirical):
             self.statistic.add(use, g)

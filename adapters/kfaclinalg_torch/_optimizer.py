@@ -124,14 +124,13 @@ class KFAC(torch.optim.Optimizer):
         batch = Batch(inputs, targets, mask)
         if mask is None and self.mask is not None:
             batch = Batch(inputs, targets, mask_of(batch.call(self.mask), (), {}))
-        options = self.options
-        if self._state is not None:
-            options = options._replace(curvature_fraction=self._state.curvature_fraction)
+        options, state = self.options, self._state
+        options = options._replace(curvature_fraction=state.curvature_fraction) if state else options
         before, drawn = (self._state, self.info), self.options.generator.get_state()
-        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # running ones
-        capture, weights = self._trained.capture(), None
+        statistics, capture, weights = [(b, b.clone()) for b in self.model.buffers()], None, None  # running ones
         try:
-            self._trained.probe(capture, next(batch.chunks(options.chunk_size))[1], self._tensor_of)
+            self._trained.probe(next(batch.chunks(options.chunk_size))[1], self._tensor_of)
+            capture = self._trained.capture()
             weights = self._trained.network.weights()
             problem = self._problem(batch, capture, options)
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
@@ -146,7 +145,8 @@ class KFAC(torch.optim.Optimizer):
             self.options.generator.set_state(drawn)
             raise
         finally:
-            capture.remove()
+            if capture:
+                capture.remove()
         return self.info.loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ class KFACPreconditioner(Seen):
             mask=mask,
             settled=self._settled,
         )
-        self._model, self._fallback = weakref.ref(model), fallback
+        self._model, self._fallback = model, fallback
         self._inverses = inverses_of(self.structure, inverse_period, known.layers)
         self._owners = owners(model, known.layers)
         self._steps = 0
@@ -190,7 +190,7 @@ class KFACPreconditioner(Seen):
         """These layers are none."""
         if gone:
             estimate, before = self._estimate, self._estimate.found
-            estimate.found = before.without(self._model(), gone, self._fallback)  # type: ignore[arg-type]
+            estimate.take(before.without(self._model, gone, self._fallback))
             estimate.sharing |= sharing_of("expand", [x for x in estimate.found.layers if x not in before.layers])
             estimate.statistic.all = estimate.found.blocks
             self._inverses = inverses_of(self.structure, self.inverse_period, estimate.found.layers)

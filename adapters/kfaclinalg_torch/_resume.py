@@ -69,7 +69,7 @@ def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None
     check_generator(p.generator, state_dict["generator"])
     check_gone(gone)
     if lost := {layer: gone[layer.name] for layer in known.layers if layer.name in gone}:
-        known = known.without(p._model(), lost, p._fallback)
+        known = known.without(p._model, lost, p._fallback)
     check_made(state_dict["made"], made(p.structure, p.estimator, known.layers))
     inverses = inverses_of(p.structure, p.inverse_period, known.layers)
     like = known.layers[0].parameters[0].detach().to(p.factor_dtype)

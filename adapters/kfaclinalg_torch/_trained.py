@@ -30,6 +30,7 @@ class Trained:
         self.weight_sharing = weight_sharing
         self.gone: dict[str, str] = {}  # layers that turned out to be none
         self.probed = False
+        self.trusted: set[nn.Module] = set()  # whose pass was compared with the formula of its rule
         sharing_of(weight_sharing, found.layers)
         self.take(found)
         _check_kinds(self.layers)
@@ -58,23 +59,22 @@ class Trained:
     def capture(self) -> Capture:
         """Hooks that show nothing yet."""
         capture = Capture(self.model, self.found.sites, _always, _never, _nothing, _nothing, always=True)
-        capture.paused = True
+        capture.paused, capture.trusted = True, self.trusted
         return capture
 
-    def probe(self, capture: Capture, batch: Batch, tensor_of: Callable[[Any], Tensor]) -> None:
+    def probe(self, batch: Batch, tensor_of: Callable[[Any], Tensor]) -> None:
         """A first pass, to see which layers are none: what a subclass or a weight without a call does is unknown."""
         if self.probed:
             return
-        device, capture.paused = self.layers[0].parameters[0].device, False
+        device, capture = self.layers[0].parameters[0].device, self.capture()
+        capture.paused = False
         try:
             devices = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices), still(self.model), torch.enable_grad():
                 outputs = tensor_of(batch.call(self.model))
-                gone = misjudged(capture.others, capture.called, self.found, outputs)
-                capture.leave({block: why for layer, why in gone.items() for block in layer.blocks})
-                self.without(gone)
+                self.without(misjudged(capture.others, capture.called, self.found, outputs))
         finally:
-            capture.paused = True
+            capture.remove()
         self.probed = True
 
     def without(self, gone: Mapping[Layer, str]) -> None:

@@ -43,9 +43,8 @@ class Everything(Mixed):
 
 def problem_of(model, x, y, likelihood="categorical", **options):
     optimizer = KFAC(model, likelihood, statistics_fraction=1.0, curvature_fraction=1.0, **options)
-    capture = optimizer._trained.capture()
-    optimizer._trained.probe(capture, Batch(x, y), optimizer._tensor_of)
-    return optimizer, optimizer._problem(Batch(x, y), capture, optimizer.options)
+    optimizer._trained.probe(Batch(x, y), optimizer._tensor_of)
+    return optimizer, optimizer._problem(Batch(x, y), optimizer._trained.capture(), optimizer.options)
 
 
 def test_the_gradient_and_the_gram_are_those_of_the_dense_fisher():

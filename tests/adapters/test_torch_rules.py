@@ -351,6 +351,41 @@ def test_a_function_of_blocks_is_a_rule():
     assert layer.A.d.tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0, 0, 0])
 
 
+class TiedToDoubled(nn.Module):
+    """A layer that shares its weight with one that is not what its class says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.plain, self.head = nn.Linear(3, 4), Doubled(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.plain.weight = self.layer.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.plain(torch.tanh(self.layer(torch.tanh(self.first(x)))))))
+
+
+@pytest.mark.filterwarnings("ignore:KFAC")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_tied_to_it_goes_too(estimator):
+    torch.manual_seed(0)
+    model, x, y = TiedToDoubled(), (torch.randn(6, 3),), torch.randint(3, (6,))
+    preconditioner = preconditioned(model, x, y, estimator)
+    assert "layer.weight" in preconditioner.fallback
+    assert not {"layer", "plain"} & preconditioner.layers.keys()
+    other = KFACPreconditioner(
+        TiedToDoubled(), estimator=preconditioner.estimator, likelihood=preconditioner.likelihood
+    )
+    other.load_state_dict(preconditioner.state_dict())
+    assert other.fallback == preconditioner.fallback
+    preconditioner.remove()
+    optimizer = KFAC(model, "categorical")
+    for _ in range(3):
+        optimizer.step(*x, y)
+    assert optimizer.info.refused == ""
+    again = KFAC(TiedToDoubled(), "categorical")
+    again.load_state_dict(optimizer.state_dict())
+    assert again.fallback == optimizer.fallback
+
+
 class Functional(nn.Module):
     """Weights that are used without a call of their module."""
 
