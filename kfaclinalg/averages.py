@@ -62,7 +62,7 @@ def moving_average(old: Factors | None, new: Factors, /, *, decay: Scalar) -> Fa
 
     Raises:
         TypeError, ValueError: decay is outside [0, 1]; old or new holds something else than float32 or float64 arrays
-            and `Diagonal`s, or they differ in the number of layers or links, a shape, dtype, namespace or device.
+            and `Diagonal` ones, or they differ in the number of layers or links, a shape, dtype, namespace or device.
 
     >>> import numpy as np
     >>> one, two = (Factors((LayerFactors(np.full((1, 1), x), np.full((1, 1), x)),)) for x in (1.0, 2.0))

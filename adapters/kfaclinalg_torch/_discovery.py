@@ -102,7 +102,9 @@ def found(model: nn.Module, skip: Sequence[str], table: Mapping[type, Rule], fal
         reason = SKIPPED if name in skip else _reason(module, rule, own)
         blocks = () if reason or rule is None else tuple(rule.blocks(name, module))
         seen = {p for block in blocks for p in block.parameters}
-        why = reason or f"the weight of this {type(module).__name__} is frozen, or made of other parameters"
+        kind = type(module).__name__
+        why = reason or f"the weight of this {kind} is frozen, or made of other parameters"
+        why = f"the rule of a {kind} does not know it" if blocks else why
         left |= {p: why for p in own if p not in seen}
         if blocks and rule is not None:
             sites[module] = Site(name, rule, blocks)

@@ -38,7 +38,7 @@ class Rule:
     """How the weights of a class of modules are seen.
 
     Args:
-        blocks: `blocks(name, module)` gives the `Block`s of the module, whose names begin with its name.
+        blocks: `blocks(name, module)` gives each `Block` of the module, whose names begin with its name.
         forward: `forward(module, see, *inputs)` returns what the module's own forward pass does, and calls
             `see(suffix, x, s, mask)` for the inputs x and outputs s of the block named f"{name}.{suffix}", the batch
             first; the mask (N, T) says which positions exist, None: all. Where there is none every block sees the
