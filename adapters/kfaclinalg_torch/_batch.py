@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._masks import counting
+
 
 class Batch:
     """`inputs` and `targets`, the examples along the first dimension of each tensor in them.
@@ -42,7 +44,7 @@ class Batch:
         if self.mask is None:
             return len(self)
         mask = self.mask if self.examples is None else self.mask[self.examples]
-        return int(mask.reshape(len(mask), -1).any(1).sum())
+        return int(counting(mask).sum())
 
     def call(self, model: nn.Module) -> Any:
         """What the model returns."""

@@ -119,4 +119,6 @@ def second_moment(x: Tensor) -> Tensor:
     """Σ x xᵀ over the rows of x (rows, ..., d): (..., d, d), exactly symmetric, or its diagonal where d is large."""
     if x.ndim == 2 and x.shape[1] > LARGEST:
         return x.square().sum(0)
+    if not len(x):
+        return x.new_zeros(*x.shape[1:], x.shape[-1])
     return kfaclinalg.second_moment(x.movedim(0, -2)) * len(x)

@@ -14,7 +14,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from ._blocks import Block
 from ._discovery import Site
-from ._use import Pass, Use, examples_of, mask_of_block
+from ._masks import mask_of_block
+from ._use import Pass, Use, examples_of
 from ._verdict import disagreement
 
 

@@ -21,8 +21,9 @@ from ._estimators import Empirical, signs
 from ._gather import gather, in_full_precision
 from ._inverses import Inverses
 from ._likelihoods import Likelihood, masked
+from ._masks import mask_of
 from ._processes import several_processes
-from ._settings import mask_of, tensor_of
+from ._settings import tensor_of
 from ._statistics import Statistic
 from ._use import Use
 from ._verdict import misjudged

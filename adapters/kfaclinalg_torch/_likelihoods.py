@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._masks import counting, spread
+
 
 class Likelihood(Protocol):
     """What `KFAC` asks of a likelihood; it may also have a method `check(outputs, targets)` that raises ValueError."""
@@ -111,7 +113,7 @@ class Masked:
 
     def __init__(self, likelihood: Likelihood, mask: Tensor) -> None:
         self.likelihood, self.mask = likelihood, mask
-        self.examples = int(mask.reshape(len(mask), -1).any(1).sum())
+        self.examples = int(counting(mask).sum())
         if hasattr(likelihood, "fisher_root"):
             self.fisher_root = self._fisher_root
 
@@ -121,6 +123,8 @@ class Masked:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows = outputs[self.mask]
+        if not len(rows):
+            return rows.sum()  # a piece of which nothing counts
         return self.likelihood.loss(rows, targets[self.mask]) * (len(rows) / self.examples)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -133,7 +137,7 @@ class Masked:
         return self._counted(self.likelihood.fisher_root(outputs, unit))  # type: ignore[attr-defined]
 
     def _counted(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - self.mask.ndim)), x, 0.0)
+        return torch.where(spread(self.mask, x.ndim), x, 0.0)
 
 
 def masked(likelihood: Likelihood, mask: Tensor | None, outputs: Tensor) -> Likelihood:
@@ -142,7 +146,7 @@ def masked(likelihood: Likelihood, mask: Tensor | None, outputs: Tensor) -> Like
         return likelihood
     if mask.ndim < outputs.ndim and mask.shape == outputs.shape[: mask.ndim]:
         return Masked(likelihood, mask)
-    examples = mask.reshape(len(mask), -1).any(1)
+    examples = counting(mask)
     return Masked(likelihood, examples) if examples.shape == outputs.shape[:1] else likelihood
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,8 @@ from kfaclinalg import Link
 
 from ._layer import Layer
 from ._processes import over_processes
+from ._rows import Rows, rows_of
 from ._statistics import Statistic
-
-
-class Shown(NamedTuple):
-    """What a pass showed of a layer: a (N, R, n), g (N, R, m), and which positions count (N, R)."""
-
-    a: Tensor
-    g: Tensor
-    mask: Tensor
-    reduced: bool
 
 
 def chained(layers: Sequence[Layer]) -> list[Layer]:
@@ -42,54 +34,28 @@ def cross_moments(statistic: Statistic, layers: Sequence[Layer], scale: float) -
     the correlations stay below one and F̂ positive definite.
     """
     sums: list[list[Any]] = [[0.0, 0.0] for _ in layers[1:]]
-    rows = [0] * len(sums)
+    counts = [0] * len(sums)
+    reduced = [statistic.sharing[layer.blocks[0].name] == "reduce" for layer in layers]
     for (_, draw), uses in statistic.uses.items():
-        shown = [_shown(statistic, layer, uses) for layer in layers]
-        for i, pair in enumerate(pairwise(shown)):
-            one, other = pair
+        shown = [rows_of(statistic, layer.blocks[0], uses) for layer in layers]  # type: ignore[arg-type]
+        for i, (one, other) in enumerate(pairwise(shown)):
             if one is None or other is None or len(one.a) != len(other.a):
                 continue
-            one, other = _joined(one, other)
+            same = one.mask.shape == other.mask.shape and not (reduced[i] or reduced[i + 1])
+            x, y = (one, other) if same else (_joint(one, reduced[i]), _joint(other, reduced[i + 1]))
             if draw == 0:
-                sums[i][0] = sums[i][0] + _cross(one.a, other.a)
-                rows[i] += int(one.mask.sum()) if statistic.masked else one.mask.numel()
-            sums[i][1] = sums[i][1] + scale**2 * _cross(one.g, other.g)
+                sums[i][0] = sums[i][0] + _cross(x.a, y.a)
+                counts[i] += x.counted
+            sums[i][1] = sums[i][1] + scale**2 * _cross(x.g, y.g)
     empty = [_zero(one, other, statistic.dtype) for one, other in pairwise(layers)]
     tensors = [Z + M for zeros, pair in zip(empty, sums, strict=True) for Z, M in zip(zeros, pair, strict=True)]
-    moments, (N, *counts) = over_processes(tensors, [statistic.examples, *rows])
+    moments, (N, *counts) = over_processes(tensors, [statistic.examples, *counts])
     pairs = zip(moments[::2], moments[1::2], counts, strict=True)
     return tuple(Link(A / max(r, 1), G / max(N, 1)) for A, G, r in pairs)
 
 
-def _shown(statistic: Statistic, layer: Layer, uses: Sequence[Any]) -> Shown | None:
-    """All uses of a layer in one pass, one after the other."""
-    block: Any = layer.dense
-    rows, slopes, masks = [], [], []
-    for use, g in (pair for pair in uses if pair[0].block is block):
-        N, (x, s) = use.examples(), use.pair(g, statistic.dtype)
-        a = block.inputs(x, N)
-        mask = a.new_ones(a.shape[:2], dtype=torch.bool) if use.mask is None else use.mask.reshape(N, -1)
-        rows.append(a if use.mask is None else a * mask[..., None])
-        slopes.append(block.outputs(x, s, N))
-        masks.append(mask)
-    if not rows or len({len(a) for a in rows}) > 1:
-        return None
-    reduced = statistic.sharing[block.name] == "reduce"
-    return Shown(torch.cat(rows, 1), torch.cat(slopes, 1), torch.cat(masks, 1), reduced)
-
-
-def _joined(one: Shown, other: Shown) -> tuple[Shown, Shown]:
-    """Position by position where they have the same and expand them, else reduced."""
-    if one.reduced or other.reduced or one.mask.shape != other.mask.shape:
-        return _reduced(one), _reduced(other)
-    return one, other
-
-
-def _reduced(shown: Shown) -> Shown:
-    a, g, mask, reduced = shown
-    counts = mask.sum(1, keepdim=True).clamp(min=1)
-    c = 1.0 if reduced else counts**-0.5
-    return Shown((a.sum(1) / counts)[:, None], (c * g.sum(1))[:, None], mask.any(1, keepdim=True), reduced)
+def _joint(rows: Rows, reduced: bool) -> Rows:
+    return rows.reduced(1.0 if reduced else rows.mask.sum(1).clamp(min=1)[:, None, None] ** -0.5)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:

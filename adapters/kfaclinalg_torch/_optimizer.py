@@ -17,9 +17,10 @@ from ._capture import Capture
 from ._discovery import FALLBACKS, found
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
+from ._masks import mask_of
 from ._once import restore
 from ._problem import NetworkProblem
-from ._settings import check_choice, mask_of, tensor_of
+from ._settings import check_choice, tensor_of
 from ._table import table_of
 from ._trained import Group, Trained
 
@@ -121,17 +122,16 @@ class KFAC(torch.optim.Optimizer):
                 parameter that was replaced or frozen. Nothing has changed then, nor after an interrupt.
         """
         self._trained.check()
-        batch = Batch(inputs, targets, mask)
-        if mask is None and self.mask is not None:
-            batch = Batch(inputs, targets, mask_of(batch.call(self.mask), (), {}))
-        options, state = self.options, self._state
-        options = options._replace(curvature_fraction=state.curvature_fraction) if state else options
-        before, drawn = (self._state, self.info), self.options.generator.get_state()
+        batch = Batch(inputs, targets)
+        given = batch.call(self.mask) if mask is None and self.mask is not None else mask
+        batch = Batch(inputs, targets, mask_of(given, (), {}))
+        options, before, drawn = self.options, (self._state, self.info), self.options.generator.get_state()
+        if self._state is not None:
+            options = options._replace(curvature_fraction=self._state.curvature_fraction)
         statistics, capture, weights = [(b, b.clone()) for b in self.model.buffers()], None, None  # running ones
         try:
             self._trained.probe(next(batch.chunks(options.chunk_size))[1], self._tensor_of)
-            capture = self._trained.capture()
-            weights = self._trained.network.weights()
+            capture, weights = self._trained.capture(), self._trained.network.weights()
             problem = self._problem(batch, capture, options)
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
             self._trained.network.assign(weights if self.info.refused else moved)
@@ -178,7 +178,7 @@ class KFAC(torch.optim.Optimizer):
         """For copy and pickle: all of it, the model too, which one deepcopy of both shares."""
         generator = self.options.generator
         own = {name: value for name, value in vars(self).items() if name not in ("defaults", "param_groups", "state")}
-        own |= {"options": self.options._replace(generator=None)}
+        own["options"] = self.options._replace(generator=None)
         return super().__getstate__() | own | {"generator": (str(generator.device), generator.get_state())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class NetworkProblem:
                 likelihood = masked(self.likelihood, piece.mask, pushed[0][0])
                 products = [likelihood.fisher_product(outputs, Jd) for outputs, Jd in pushed]
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
-                total = total + share / piece.counted * torch.stack(rows)
+                total = total + share / max(piece.counted, 1) * torch.stack(rows)
         return total
 
     def _shown(self, piece: Batch, weights: Matrices) -> tuple[dict[Tensor, Tensor], Tensor, list[Use]]:

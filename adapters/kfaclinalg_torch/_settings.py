@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import Eigen, Exact, Factored, LowRank, Structure, Tridiagonal
+from kfaclinalg import Exact, KFACOptions, LowRank, Structure
 
 from ._estimators import Empirical, estimator_of
 from ._layer import Layer
@@ -18,7 +18,6 @@ from ._layer import Layer
 Number = float | Callable[[int], float]
 Period = int | Callable[[int], int]
 COUNTS = ("statistics_period", "inverse_period")
-SHORT: dict[str, Any] = {"block-diagonal": Factored, "eigen": Eigen, "block-tridiagonal": Tridiagonal}
 
 
 def check_numbers(**options: Any) -> None:
@@ -80,26 +79,18 @@ def structure_of(structure: Any, *, exact_damping: Any, rank: Any, pi_norm: str 
     """
     if not isinstance(exact_damping, bool):
         raise TypeError(f"exact_damping is {exact_damping!r}, expected True or False")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Real)):
-        raise TypeError(f"rank is {rank!r}, expected an integer")
+    given = exact_damping or rank is not None
     if exact_damping and rank is not None:
         raise ValueError("exact_damping takes the whole of A and G, rank a part of them: choose one")
-    if not isinstance(structure, str):
-        if exact_damping or rank is not None or pi_norm is not None:
-            raise ValueError(f"exact_damping, rank and pi_norm have no effect beside structure {structure!r}")
-        if not hasattr(structure, "fitted") or isinstance(structure, type):
-            raise ValueError(
-                f"structure is {structure!r}, expected one of {', '.join(map(repr, SHORT))} or a Structure"
-            )
-        return structure
-    check_choice("structure", structure, list(SHORT))
-    if structure != "block-diagonal" and (exact_damping or rank is not None):
+    if not isinstance(structure, str) and (given or pi_norm is not None):
+        raise ValueError(f"exact_damping, rank and pi_norm have no effect beside structure {structure!r}")
+    norm = "trace" if pi_norm is None else pi_norm
+    found = KFACOptions(structure, pi_norm=norm).checked().structure_value
+    if given and structure != "block-diagonal":
         raise ValueError(f"structure {structure!r} has a damping of its own: exact_damping and rank have no effect")
-    check_choice("pi_norm", "trace" if pi_norm is None else pi_norm, ("trace", "frobenius", "spectral"))
-    norm = pi_norm or "trace"
     if rank is not None:
-        return LowRank(rank, norm)  # type: ignore[arg-type]
-    return Exact(norm) if exact_damping else SHORT[structure](norm)
+        return LowRank(rank, norm)
+    return Exact(norm) if exact_damping else found
 
 
 def sharing_of(weight_sharing: str | Mapping[str, str], layers: Sequence[Layer]) -> dict[str, str]:
@@ -136,12 +127,4 @@ def tensor_of(outputs: Any, returned: Any) -> Tensor:
             f"outputs is a {type(found).__name__}, expected a tensor: say with outputs= which of what the model "
             "returns the likelihood is of, by a function, or a key, index or attribute"
         )
-    return found
-
-
-def mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Which positions of these inputs count: the mask itself, or what it gives for them."""
-    found = mask(*args, **kwargs) if callable(mask) else mask
-    if found is not None and (not isinstance(found, Tensor) or found.dtype != torch.bool):
-        raise TypeError(f"mask gives a {getattr(found, 'dtype', type(found).__name__)}, expected a boolean tensor")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kfaclinalg import KroneckerBasis, LayerFactors
@@ -12,6 +11,7 @@ from kfaclinalg import KroneckerBasis, LayerFactors
 from ._blocks import Dense
 from ._layer import Layer
 from ._processes import over_processes
+from ._rows import rows_of
 from ._statistics import Statistic
 
 BUFFER = 2**22  # entries of the gradients of single examples at once
@@ -37,21 +37,9 @@ def squared_gradients(statistic: Statistic, block: Dense, K_A: Tensor, K_G: Tens
     """Σ (K_Gᵀ ∇W K_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n)."""
     total = K_A.new_zeros(*K_A.shape[:-2], K_G.shape[-1], K_A.shape[-1])
     for pairs in statistic.uses.values():
-        rows, slopes, counted = [], [], []
-        for use, g in (pair for pair in pairs if pair[0].block is block):
-            N, (x, s) = use.examples(), use.pair(g, statistic.dtype)
-            a = block.inputs(x, N)
-            counts = a.new_ones(a.shape[:2]) if use.mask is None else use.mask.reshape(N, -1).to(a)
-            rows.append(a * counts.reshape(N, -1, *[1] * (a.ndim - 2)) if use.mask is not None else a)
-            counted.append(counts)
-            slopes.append(block.outputs(x, s, N))
-        if not rows:
-            continue
-        a, g = torch.cat(rows, dim=1), torch.cat(slopes, dim=1)  # of all positions that an example's gradient sums
-        if statistic.sharing[block.name] == "reduce":
-            R = torch.cat(counted, dim=1).sum(1).clamp(min=1).reshape(-1, *[1] * (a.ndim - 1))
-            a, g = a.sum(1, keepdim=True) / R, g.sum(1, keepdim=True)
-        total = total + _summed_squares(_projected(a, K_A), _projected(g, K_G))
+        if (rows := rows_of(statistic, block, pairs)) is not None:  # of all positions that an example's gradient sums
+            rows = rows.reduced() if statistic.sharing[block.name] == "reduce" else rows
+            total = total + _summed_squares(_projected(rows.a, K_A), _projected(rows.g, K_G))
     return total
 
 

@@ -12,6 +12,7 @@ from kfaclinalg import Diagonal, LayerFactors
 
 from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._entries import Entries
+from ._masks import spread
 from ._processes import over_processes, several_processes
 from ._use import Pass, Use
 
@@ -81,11 +82,6 @@ class Statistic:
         g = g.detach().to(self.dtype)
         self._sum(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
 
-    @property
-    def masked(self) -> bool:
-        """Whether there are positions that do not count."""
-        return any(use.mask is not None for uses in self.uses.values() for use, _ in uses)
-
     def saw(self, of: Pass) -> None:
         if of.number not in self._passes:
             self._passes[of.number] = of.counted
@@ -111,7 +107,7 @@ class Statistic:
         )
         A, G = moments[: len(sums)], moments[len(sums) :]
         found: dict[str, LayerFactors | Held] = {
-            block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / N))
+            block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / max(N, 1)))
             for block, a, r, g in zip(blocks, A, counts, G, strict=True)
             if r
         }
@@ -150,7 +146,7 @@ def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
     """Σ ā āᵀ over the examples, of the means ā over the positions that count, and how many examples have any."""
     if not isinstance(positions, Tensor):
         return block.pooled_moment(a / positions), len(a)
-    a = a / positions.clamp(min=1).reshape(-1, *[1] * (a.ndim - 1))
+    a = a / spread(positions.clamp(min=1), a.ndim)
     return block.pooled_moment(a), int((positions > 0).sum())
 
 

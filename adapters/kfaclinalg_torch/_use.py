@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ._blocks import Block
+from ._masks import counting, spread
 
 
 class Pass(NamedTuple):
@@ -23,7 +24,7 @@ class Pass(NamedTuple):
     @property
     def counted(self) -> int:
         """The examples of which any position counts."""
-        return self.examples if self.mask is None else int(self.mask.reshape(len(self.mask), -1).any(1).sum())
+        return self.examples if self.mask is None else int(counting(self.mask).sum())
 
 
 class Use(NamedTuple):
@@ -50,8 +51,8 @@ class Use(NamedTuple):
         g = (g[None] if self.single else g).to(dtype)
         if self.mask is None:
             return x, g
-        last = self.mask.reshape(*self.mask.shape, *[1] * (g.ndim - self.mask.ndim))
-        return x, torch.where(last if self.block.channels_last else self.mask[:, None], g, 0.0)
+        counts = spread(self.mask, g.ndim) if self.block.channels_last else self.mask[:, None]
+        return x, torch.where(counts, g, 0.0)
 
 
 def examples_of(inputs: Any) -> int:
@@ -62,15 +63,3 @@ def examples_of(inputs: Any) -> int:
         if isinstance(x, Tensor) and x.ndim > 0:
             return x.shape[0]
     return 0
-
-
-def mask_of_block(mask: Tensor | None, block: Block, seen: Tensor) -> Tensor | None:
-    """The mask of a block's positions: of all of them, or of the examples where it has but one for each."""
-    if mask is None:
-        return None
-    positions = block.positions(seen)
-    if positions[: mask.ndim] == mask.shape:
-        return mask.reshape(*mask.shape, *[1] * (len(positions) - mask.ndim)).expand(positions)
-    if torch.Size(positions).numel() == mask.numel():
-        return mask.reshape(positions)
-    return mask.flatten(1).any(1) if mask.ndim > 1 and positions == mask.shape[:1] else None

@@ -55,13 +55,17 @@ def misjudged(
 
 
 def agree(came: Any, expected: Any) -> bool:
-    """Whether two results are the same to rounding."""
+    """Whether two results are the same to rounding, NaN and infinities too."""
     pairs = zip(tree_leaves(came), tree_leaves(expected), strict=True)
     return all(_is_close(x, y) for x, y in pairs if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def _is_close(x: Tensor, y: Tensor) -> bool:
+    eps = torch.finfo(x.dtype).eps
     if x.shape != y.shape:
         return False
-    norm = torch.linalg.vector_norm
-    return bool(norm(x.double() - y.double()) <= 16 * torch.finfo(x.dtype).eps * norm(y.double()))
+    finite, norm = y.isfinite(), torch.linalg.vector_norm
+    if not torch.equal(x.isfinite(), finite):
+        return False
+    x, y = (torch.where(finite, M, 0.0).double() for M in (x, y))
+    return bool(norm(x - y) <= 16 * eps * norm(y))

@@ -252,6 +252,10 @@ def test_neighbours_with_other_positions_stay_definite_in_the_expand_setting(kin
         model, x, torch.randn(300, 2), "gaussian", structure="block-tridiagonal", estimator="exact"
     )
     factors = problem.factors(optimizer._trained.network.weights(), True)
+    (a, g), (b, h) = (rows_of(model, x, layer, False) for layer in (model.one, model.two))
+    A = torch.einsum("ni,nj->ij", a.mean(1), b.mean(1)) / len(x)
+    G = torch.einsum("dni,dnj->ij", g.sum(2), h.sum(2)) / len(x) / (a.shape[1] * b.shape[1]) ** 0.5
+    torch.testing.assert_close(tuple(factors.links[0]), (A, G), rtol=1e-9, atol=1e-12)
     for i in range(2):
         joint = [
             torch.cat([torch.cat([M, X], 1), torch.cat([X.T, N], 1)], 0)

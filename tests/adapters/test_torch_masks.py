@@ -29,6 +29,22 @@ class Tagger(nn.Module):
         return self.head(torch.tanh(self.layer(x)))
 
 
+class Convolved(nn.Module):
+    """The same of a convolution of width 1 and of a recurrent layer that packs its sequences."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(9, 4), nn.Conv1d(4, 5, 1)
+        self.gru, self.head = nn.GRU(5, 4, batch_first=True, bidirectional=True), nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = torch.tanh(self.layer(self.embedding(tokens).mT)).mT
+        lengths = (tokens != PAD).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0])
+
+
 class Ragged(Categorical):
     """Targets that depend on nothing but the outputs."""
 
@@ -71,11 +87,12 @@ def step(model, preconditioner, batches):
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("structure", ["block-diagonal", "eigen"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_padding_enters_nothing(estimator, structure, sharing):
+@pytest.mark.parametrize("kind", [Tagger, Convolved])
+def test_padding_enters_nothing(kind, estimator, structure, sharing):
     """Each sentence in a pass of its own, without padding, is one batch of them."""
     x, y = sentences()
     options = {"structure": structure, "weight_sharing": sharing}
-    whole, single = Tagger(), Tagger()
+    whole, single = kind(), kind()
     one = preconditioner_of(whole, estimator, mask=lambda tokens: tokens != PAD, **options)
     other = preconditioner_of(single, estimator, **options)
     came = step(whole, one, [(padded(x, PAD), padded(y, -100))])
@@ -152,6 +169,23 @@ def test_kfac_trains_on_padded_sentences():
     losses = [optimizer.step(tokens, targets, mask=targets != -100) for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     assert optimizer.info.refused == ""
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_examples_of_which_nothing_counts_change_nothing(chunk_size):
+    x, y = sentences()
+    tokens, targets = padded(x, PAD), padded(y, 0)
+    more, none = torch.cat([tokens, tokens[:2]]), torch.zeros(2, 5, dtype=torch.bool)
+    everything = {"statistics_fraction": 1.0, "curvature_fraction": 1.0, "chunk_size": chunk_size}
+    one, two = (KFAC(Tagger(), Ragged(), estimator="exact", weight_decay=0.0, **everything) for _ in range(2))
+    mask = tokens != PAD
+    for _ in range(2):
+        came = one.step(more, torch.cat([targets, targets[:2]]), mask=torch.cat([mask, none]))
+        assert came == pytest.approx(two.step(tokens, targets, mask=mask))
+    assert one.info.refused == two.info.refused == ""
+    assert one.info.alpha == pytest.approx(two.info.alpha)
+    with pytest.raises(ValueError, match="mask counts no position"):
+        one.step(tokens, targets, mask=torch.zeros_like(mask))
 
 
 # -- dictionaries, records and several outputs --

@@ -1,0 +1,42 @@
+"""Which positions of the examples count: boolean tensors (N, ...)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._blocks import Block
+
+
+def mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The mask of a pass with these inputs: the mask itself, or what it gives for them."""
+    found = mask(*args, **kwargs) if callable(mask) else mask
+    if found is not None and (not isinstance(found, Tensor) or found.dtype != torch.bool):
+        raise TypeError(f"mask gives a {getattr(found, 'dtype', type(found).__name__)}, expected a boolean tensor")
+    if found is not None and not bool(found.any()):
+        raise ValueError("mask counts no position")
+    return found
+
+
+def counting(mask: Tensor) -> Tensor:
+    """The examples of which any position counts (N,)."""
+    return mask.reshape(len(mask), -1).any(1)
+
+
+def mask_of_block(mask: Tensor | None, block: Block, seen: Tensor) -> Tensor | None:
+    """The mask of a block's positions: of all of them, or of the examples where it has but one for each."""
+    if mask is None:
+        return None
+    positions = block.positions(seen)
+    if positions[: mask.ndim] == mask.shape:
+        return spread(mask, len(positions)).expand(positions)
+    if torch.Size(positions).numel() == mask.numel():
+        return mask.reshape(positions)
+    return counting(mask) if positions == mask.shape[:1] else None
+
+
+def spread(mask: Tensor, ndim: int) -> Tensor:
+    """With as many dimensions, the new ones last and of length 1."""
+    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
