@@ -18,15 +18,16 @@ from .kronecker_basis import KroneckerBasis
 from .low_rank import LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 
 T = TypeVar("T")
+Gamma = Any  # a `Scalar`, or a tuple of one for each layer
 
 
 def block_diagonal_inverse(
-    factors: Factors, gamma: Scalar, /, *, norm: str = "trace", method: str = "explicit"
+    factors: Factors, gamma: Gamma, /, *, norm: str = "trace", method: str = "explicit"
 ) -> BlockDiagonal:
     """F̆⁻¹ with the blocks (A_i + π_i γ I)⁻¹ ⊗ (G_i + γ/π_i I)⁻¹ (Sections 4.2 and 6.3). Links are not used.
 
-    About Σ n_i³ + m_i³ flops. A layer whose damped factors are not positive definite becomes NaN, the others do not.
-    `method` is as in `Kronecker.inverse`.
+    γ is a number, or a tuple of one for each layer. `method` is as in `Kronecker.inverse`. About Σ n_i³ + m_i³ flops. A
+    layer whose damped factors are not positive definite becomes NaN, the others do not.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`, or no layers.
@@ -38,17 +39,17 @@ def block_diagonal_inverse(
     array([[2., 1.]])
     """
     _checks.check_choice("method", method, ROUTINES)
-    layers = _network.layers(factors)
-    shifts = (x for at, M in layers.items() for x in _checks.named(at, _shifts, M, gamma, norm))
-    inverted = inverses((M for layer in layers.values() for M in layer), shifts, method)
+    layers = _with_gammas(factors, gamma)
+    shifts = (x for at, M, g in layers for x in _checks.named(at, _shifts, M, g, norm))
+    inverted = inverses((M for _, layer, _ in layers for M in layer), shifts, method)
     return BlockDiagonal(tuple(rebuilt(Kronecker, pair) for pair in _pairs(inverted)))
 
 
-def block_tridiagonal_inverse(factors: Factors, gamma: Scalar, /, *, norm: str = "trace") -> BlockTridiagonalInverse:
+def block_tridiagonal_inverse(factors: Factors, gamma: Gamma, /, *, norm: str = "trace") -> BlockTridiagonalInverse:
     """F̂⁻¹ = Ξᵀ Λ Ξ, for the F̂ that agrees with F̃ on the tridiagonal blocks and has a block-tridiagonal inverse (4.3).
 
-    γ damps the factors of the layers, never the links, which come from the same samples. A layer that is not positive
-    definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops.
+    γ, a number or a tuple of one for each layer, damps their factors, never the links, which are of the same samples. A
+    layer that is not positive definite, by itself or given the next, becomes NaN. About Σ 15 (n_i³ + m_i³) flops.
 
     Raises:
         TypeError, ValueError: as for `factored_tikhonov`; or there is not one link fewer than layers, or one of them
@@ -158,8 +159,17 @@ def _spanned(M: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     return LowRankPlusDiagonal(M.U / M.d[..., None], M.s, M.d)
 
 
-def _damped(factors: Factors, gamma: Scalar, norm: str) -> Iterator[LayerFactors]:
-    return (_checks.named(at, factored_tikhonov, M, gamma, norm=norm) for at, M in _network.layers(factors).items())
+def _damped(factors: Factors, gamma: Gamma, norm: str) -> Iterator[LayerFactors]:
+    return (_checks.named(at, factored_tikhonov, M, g, norm=norm) for at, M, g in _with_gammas(factors, gamma))
+
+
+def _with_gammas(factors: Factors, gamma: Gamma) -> list[tuple[str, LayerFactors, Scalar]]:
+    """Each layer by its place, and its γ."""
+    layers = _network.layers(factors)
+    gammas = gamma if isinstance(gamma, tuple) else (gamma,) * len(layers)
+    if len(gammas) != len(layers):
+        raise ValueError(f"gamma has {len(gammas)} entries, expected a number or one for each of {len(layers)} layers")
+    return [(at, M, g) for (at, M), g in zip(layers.items(), gammas, strict=True)]
 
 
 def _shift(layer: LayerFactors, damping: Scalar) -> Scalar:
