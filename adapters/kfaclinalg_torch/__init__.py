@@ -6,6 +6,7 @@ of one), `_capture` (how that is seen), `_statistics` and `_estimate` (A and G),
 """
 
 from ._blocks import Block, Dense, Rows
+from ._damping import Relative
 from ._embedding import Embedding
 from ._estimators import Empirical, ExactFisher, Sampled
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -26,6 +27,7 @@ __all__ = [
     "Bilinear",
     "Embedding",
     "Scale",
+    "Relative",
     "Sampled",
     "ExactFisher",
     "Empirical",

@@ -19,16 +19,15 @@ from ._statistics import Held
 class Averages:
     """A and G of each block by its name, and the links of a chain."""
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    def __init__(self) -> None:
         self.layers: dict[str, LayerFactors] = {}
         self.links: tuple[Link, ...] = ()
         self.taken = 0  #: statistics
 
-    def take(self, new: dict[str, LayerFactors | Held], links: tuple[Link, ...]) -> None:
+    def take(self, new: dict[str, LayerFactors | Held], links: tuple[Link, ...], decay: float) -> None:
         """One statistic more, with the weight 1 - min(1 - 1/k, decay)."""
         self.taken += 1
-        epsilon = averaging_decay(self.taken, maximum=self.decay)
+        epsilon = averaging_decay(self.taken, maximum=decay)
         for name, layer in new.items():  # one after the other: no second copy of all of them
             old = Factors((self.layers[name],)) if name in self.layers else None
             if isinstance(layer, Held):

@@ -46,7 +46,7 @@ class Capture:
         self.uses: list[Use] = []
         self.others: dict[nn.Module, str] = {}
         self.called: set[Block] = set()
-        self.paused = self.removed = False
+        self.paused = self.removed = self.idle = False  # idle: a rule's forward would show what nobody keeps
         self.always = always  # whether a rule's forward takes the place of the module's in passes that show nothing
         self.now = Pass(0, 0)
         self.trusted: set[nn.Module] = set()
@@ -106,7 +106,12 @@ class Capture:
     @torch.compiler.disable
     def _instead(self, module: nn.Module, site: Site, own: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Any = own or partial(type(module).forward, module)
-        if own is not None or self.removed or module in self.others or not (self.always or self._shows):
+        if (
+            own is not None
+            or self.removed
+            or module in self.others
+            or not (self.always or (self._shows and not self.idle))
+        ):
             return forward(*args, **kwargs)
 
         def see(suffix: str, x: Tensor, s: Tensor, mask: Tensor | None) -> None:

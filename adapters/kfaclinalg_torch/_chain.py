@@ -11,6 +11,7 @@ from torch import Tensor
 from kfaclinalg import BlockTridiagonalInverse, Factored, Factors, Link, Tridiagonal
 
 from ._checkpoint import check
+from ._damping import Relative, gammas_of, raised
 from ._inverses import LADDER, Averaged, Inverses, are_finite, cast
 from ._layer import Layer
 from ._links import chained, cross_moments
@@ -35,7 +36,7 @@ class ChainInverse(Inverses):
     def links(self, statistic: Statistic, scale: float) -> tuple[Link, ...]:
         return cross_moments(statistic, self.chain, scale)
 
-    def refresh(self, step: int, period: int, damping: float, factors: Averaged) -> None:
+    def refresh(self, step: int, period: int, damping: Relative | float, factors: Averaged) -> None:
         names = [layer.name for layer in self.chain]
         linked = [factors.layers[name] for name in names if name in factors.layers]
         complete = len(linked) == len(names) and len(factors.links) == len(names) - 1 and names
@@ -66,10 +67,10 @@ class ChainInverse(Inverses):
         came, expected = [K.shape for K in inverse.Lambda], [tuple(weights[layer.name].shape) for layer in self.chain]
         check(came == expected, f"its inverse is of layers with shapes {came}, expected {expected}")
 
-    def _whole(self, factors: Factors, damping: float) -> Any | None:
+    def _whole(self, factors: Factors, damping: Relative | float) -> Any | None:
         for dtype, times in ((None, 1), *((torch.float64, times) for times in LADDER)):
             wide = factors if dtype is None else _cast(factors, dtype)
-            inverse: Any = self.whole.inverse(wide, (times * damping) ** 0.5)
+            inverse: Any = self.whole.inverse(wide, gammas_of(raised(damping, times), wide.layers))
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
             if all(are_finite(inverse.apply(ones))):

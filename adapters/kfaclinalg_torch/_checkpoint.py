@@ -25,6 +25,7 @@ from kfaclinalg import (
     LowRankPlusDiagonal,
 )
 
+from ._control import BOUNDS
 from ._layer import Layer
 from ._links import chained
 
@@ -99,6 +100,12 @@ def check_made(came: Any, expected: dict[str, Any]) -> None:
 def check_gone(gone: Any) -> None:
     """By the names of layers the reason why they are none."""
     check(isinstance(gone, dict) and all(isinstance(why, str) for why in gone.values()), "it names no layers as none")
+
+
+def check_periods(periods: Any) -> None:
+    """Of "auto", none before the first statistic."""
+    check(isinstance(periods, dict) and periods.keys() <= BOUNDS.keys(), "its periods are none")
+    check(all(type(period) is int and period > 0 for period in periods.values()), f"its periods are {periods!r}")
 
 
 def check_generator(generator: torch.Generator, state: Any) -> None:

@@ -40,7 +40,6 @@ class Estimate:
         estimator: Any,
         likelihood: Likelihood | None,
         sharing: dict[str, str],
-        decay: float,
         dtype: torch.dtype,
         generator: torch.Generator,
         outputs: Any,
@@ -51,7 +50,7 @@ class Estimate:
         self.estimator, self.likelihood, self.sharing = estimator, likelihood, sharing
         self.dtype, self.generator, self.outputs, self.mask = dtype, generator, outputs, mask
         self.device = found.layers[0].parameters[0].device
-        self.averages = Averages(decay)
+        self.averages = Averages()
         self.rejected, self.due, self._estimating = 0, False, False
         self.settled: Callable[..., Any] | None = WeakMethod(settled)
         self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
@@ -67,6 +66,7 @@ class Estimate:
         self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep)
         self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
         self._ends = {}
+        self.capture.idle = not due
 
     def update(self, returned: Any) -> None:
         """Take the statistics of the forward pass that returned this."""
@@ -90,7 +90,7 @@ class Estimate:
             raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
         self.capture.uses = [use for use, done in zip(uses, reached, strict=False) if not done]
 
-    def average(self, gradients: Sequence[Tensor], inverses: Inverses) -> dict[str, Any] | None:
+    def average(self, gradients: Sequence[Tensor], inverses: Inverses, decay: float) -> dict[str, Any] | None:
         """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
         if not (self.statistic.empty or several_processes()):  # whose gradients may be another's
             self._settle(None)
@@ -100,7 +100,7 @@ class Estimate:
         if not bool(torch.isfinite(torch.stack(extremes)).all()):
             self.rejected += 1
             return None
-        self.averages.take(new, links)
+        self.averages.take(new, links, decay)
         return new
 
     @property

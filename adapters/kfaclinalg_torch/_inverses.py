@@ -21,6 +21,7 @@ from kfaclinalg import (
 )
 
 from ._checkpoint import check, check_keys
+from ._damping import Relative, gamma_of, raised
 from ._layer import Layer
 from ._squares import mean_squares
 from ._statistics import Statistic
@@ -56,7 +57,7 @@ class Inverses:
         """What is averaged besides A and G."""
         return ()
 
-    def refresh(self, step: int, period: int, damping: float, factors: Averaged) -> None:
+    def refresh(self, step: int, period: int, damping: Relative | float, factors: Averaged) -> None:
         """Make the inverses whose turn it is, and those that there are none of yet.
 
         Where every rung of the ladder fails the previous inverse stays.
@@ -72,7 +73,7 @@ class Inverses:
         for (name, layer), first, is_sound in zip(due.items(), made, sound, strict=True):
             self._keep(name, first if is_sound else self._climbed(name, layer, damping), layer)
 
-    def observe(self, statistic: Statistic, new: Mapping[str, Any], scale: float, decay: float, damping: float) -> None:
+    def observe(self, statistic: Statistic, new: Mapping[str, Any], scale: float, decay: float, damping: Any) -> None:
         """Take from a statistic what needs the refreshed inverses; `new` are its moments, by block."""
         for name, F in list(self.fitted.items()):
             moments = self.layers[name].factors(new)
@@ -81,7 +82,7 @@ class Inverses:
             squares = mean_squares(statistic, self.layers[name], F, moments, scale)
             self.fitted[name], self.inverses[name] = self._inverse(
                 self.structure.observed((F,), [squares], decay=decay),  # type: ignore[attr-defined]
-                damping,
+                gamma_of(damping, F),
             )
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -119,20 +120,21 @@ class Inverses:
     def load(self, state: dict[str, Any]) -> None:
         self.inverses, self.fitted, self.failures = state["inverses"], state["fitted"], state["failures"]
 
-    def _built(self, name: str, layer: LayerFactors, damping: float) -> tuple[Any, Any]:
+    def _built(self, name: str, layer: LayerFactors, damping: Relative | float) -> tuple[Any, Any]:
         """What is fitted to a layer, and its inverse."""
         old = (self.fitted[name],) if name in self.fitted else None
-        return self._inverse(self.structure.fitted(Factors((layer,)), old), damping)
+        return self._inverse(self.structure.fitted(Factors((layer,)), old), gamma_of(damping, layer))
 
-    def _inverse(self, fitted: Any, damping: float) -> tuple[Any, Any]:
+    def _inverse(self, fitted: Any, gamma: Any) -> tuple[Any, Any]:
         kept = fitted[0] if self.structure.observes else None
-        return kept, self.structure.inverse(fitted, damping**0.5).blocks[0]
+        return kept, self.structure.inverse(fitted, gamma).blocks[0]
 
-    def _climbed(self, name: str, layer: LayerFactors, damping: float) -> tuple[Any, Any] | None:
+    def _climbed(self, name: str, layer: LayerFactors, damping: Relative | float) -> tuple[Any, Any] | None:
         """The first above the lowest rung whose inverse is finite."""
         for times in LADDER:
-            wide = self.structure.fitted(Factors((cast(layer, torch.float64),)), None)
-            found = [_as(x, _dtype(layer)) for x in self._inverse(wide, times * damping)]
+            wide = cast(layer, torch.float64)
+            fitted, gamma = self.structure.fitted(Factors((wide,)), None), gamma_of(raised(damping, times), wide)
+            found = [_as(x, _dtype(layer)) for x in self._inverse(fitted, gamma)]
             if are_finite([_telling(found[1])])[0]:
                 return found[0], found[1]
         return None

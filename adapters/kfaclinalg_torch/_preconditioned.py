@@ -20,19 +20,21 @@ def precondition(
     inverses: Inverses,
     seen: Mapping[Any, Any],
     dtype: torch.dtype,
+    length: float | None,
     clip: tuple[float, float] | None,
     seed: int,
 ) -> None:
     """Every ∇W becomes G⁻¹ ∇W A⁻¹; `seen` is what the loss's backward pass showed of the blocks.
 
-    `clip` are κ and lr: the whole update is then multiplied by min(1, √(κ / Σ lr² |⟨V, U⟩|)).
+    `length` is then the root mean square of each. `clip` are κ and lr: the whole update is multiplied by
+    min(1, √(κ / Σ lr² |⟨V, U⟩|)).
     """
     ready = {layer.name: layer for layer in layers if all(map(_is_trained, layer.parameters))}
     Vs = ((name, _gradient_of(layer, inverses, seen, dtype, seed)) for name, layer in ready.items())
     agreement: Any = 0.0
     changed = []
     for name, U in inverses.apply(Vs):
-        parts = ready[name].parts(_gradient, U)
+        parts = ready[name].parts(_gradient, U if length is None else _of_length(U, length))
         if clip is not None:
             agreement = agreement + torch.stack([(g * u).sum() for g, u in parts]).sum().abs()
         for g, u in parts:
@@ -51,6 +53,12 @@ def _gradient_of(layer: Layer, inverses: Inverses, seen: Mapping[Any, Any], dtyp
         if uses and (outer := outer_gradient(block, uses, V, seed)):
             return outer
     return V.to(dtype)
+
+
+def _of_length(U: Tensor, length: float) -> Tensor:
+    """U with this root mean square; zero stays zero."""
+    norm = torch.linalg.vector_norm(U, dtype=torch.float64)  # squares may leave float32's range
+    return U * (length * U.numel() ** 0.5 / torch.where(norm == 0, 1.0, norm))
 
 
 def _is_trained(parameter: Tensor) -> bool:

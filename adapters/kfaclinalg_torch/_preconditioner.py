@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfaclinalg import Exact
+
 from . import _resume as resume
 from ._chain import inverses_of
+from ._control import Controlled
+from ._damping import Relative
 from ._discovery import FALLBACKS, found, unwrapped
 from ._estimate import Estimate
 from ._estimators import Empirical
@@ -20,11 +24,11 @@ from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._preconditioned import precondition
 from ._seen import Seen
-from ._settings import Number, Period, at, check_choice, check_numbers, check_together, dtype_of, sharing_of, values_of
+from ._settings import Damping, Number, Period, at, check_choice, check_together, dtype_of, sharing_of, values_of
 from ._table import table_of
 
 
-class KFACPreconditioner(Seen):
+class KFACPreconditioner(Seen, Controlled):
     """The gradient of every layer becomes G⁻¹ ∇W A⁻¹, and any optimizer of `torch.optim` takes it from there.
 
     The layers: linear and bilinear, convolutions, embeddings, normalisations, attention, recurrent layers and experts,
@@ -42,13 +46,16 @@ class KFACPreconditioner(Seen):
             backward pass. `Empirical(reduction, grad_scaler)`, "empirical": of the loss itself.
         structure: `Factored(norm)`, short "block-diagonal" (Section 4.2), `Exact()` (eqn 6), `LowRank(rank)`,
             `Eigen()`, "eigen" (EKFAC) or `Tridiagonal(norm)`, "block-tridiagonal" (Section 4.3), of `kfaclinalg`.
-        damping: λ. Factored Tikhonov damping takes γ = √λ (Section 6.3); a number, or a function of the step.
+        damping: λ: `Relative(fraction)`, of the mean eigenvalue of each layer, or one number for all. Factored Tikhonov
+            damping takes γ = √λ (Section 6.3).
         decay: the bound of ε in the averages, ε = min(1 - 1/k, decay) (Section 5).
-        statistics_period, inverse_period: in steps, numbers or functions of the step. The layers' inverses are
-            refreshed in different steps of a period, so that none costs much more than another. With an inverse period
-            of 1 substitution takes the place of explicit inverses.
+        statistics_period, inverse_period: in steps. The layers' inverses are refreshed in different steps of a period,
+            so that none costs much more than another. With an inverse period of 1 substitution takes the place of
+            explicit inverses. "auto": at most a quarter of the model's work for each; 1 and 10 where λ is a number.
         weight_sharing: "expand" takes every position by itself, "reduce" the mean input and the summed gradient of an
             example (Eschenhagen et al. 2023); for single modules, a mapping of their names.
+        length: the root mean square of each layer's update, whose direction alone is then K-FAC's; None: as long as
+            it is. "auto": 1e-3, None where λ is a number or with `kl_clip`.
         kl_clip, kl_lr: κ and lr, 1 unless given: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U
             being the gradients before and after. None: it is not.
         layers: rules of your own by the class of a module, see `kfaclinalg_torch.Rule`; `{MyLinear: nn.Linear}` takes
@@ -83,11 +90,12 @@ class KFACPreconditioner(Seen):
         likelihood: str | Likelihood | None = None,
         estimator: Any = "sampled",
         structure: Any = "block-diagonal",
-        damping: Number = 1e-3,
+        damping: Damping = Relative(0.1),  # noqa: B008 - a value
         decay: float = 0.95,
-        statistics_period: Period = 1,
-        inverse_period: Period = 10,
+        statistics_period: Period = "auto",
+        inverse_period: Period = "auto",
         weight_sharing: str | Mapping[str, str] = "expand",
+        length: Number | str | None = "auto",
         kl_clip: Number | None = None,
         kl_lr: Number | None = None,
         layers: Mapping[type, Any] | None = None,
@@ -99,16 +107,12 @@ class KFACPreconditioner(Seen):
         factor_dtype: torch.dtype | None = None,
         **short: Any,
     ) -> None:
-        periods = {"statistics_period": statistics_period, "inverse_period": inverse_period}
-        check_numbers(damping=damping, decay=decay, **periods, kl_clip=kl_clip, kl_lr=1.0 if kl_lr is None else kl_lr)
+        self._take(damping, decay, statistics_period, inverse_period, length, kl_clip, kl_lr)
         check_choice("fallback", fallback, FALLBACKS)
         self.estimator, self.structure = values_of(estimator, structure, short)
-        check_together(self.estimator, likelihood, kl_clip, kl_lr, generator)
+        check_together(self.estimator, likelihood, length, kl_clip, kl_lr, generator)
         model = unwrapped(model)
         known = found(model, skip, table_of(layers), fallback)
-        self.damping, self.decay = damping, decay
-        self.statistics_period, self.inverse_period = statistics_period, inverse_period
-        self.kl_clip, self.kl_lr = kl_clip, 1.0 if kl_lr is None else kl_lr
         self.likelihood = None if likelihood is None else likelihood_of(likelihood)
         self.generator = generator or new_generator(known.layers[0].parameters[0].device)
         self.factor_dtype = dtype_of(factor_dtype, known.layers)
@@ -118,7 +122,6 @@ class KFACPreconditioner(Seen):
             estimator=self.estimator,
             likelihood=self.likelihood,
             sharing=sharing_of(weight_sharing, known.layers),
-            decay=decay,
             dtype=self.factor_dtype,
             generator=self.generator,
             outputs=outputs,
@@ -128,7 +131,6 @@ class KFACPreconditioner(Seen):
         self._model, self._fallback = model, fallback
         self._inverses = inverses_of(self.structure, inverse_period, known.layers)
         self._owners = owners(model, known.layers)
-        self._steps = 0
         self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none
         self._begin()
         weakref.finalize(self, self._estimate.capture.remove)  # where nobody has called `remove`
@@ -148,20 +150,20 @@ class KFACPreconditioner(Seen):
             owner.check("preconditioner")
         estimate = self._estimate
         damping = at(self._steps, "damping", self.damping)
-        period = at(self._steps, "inverse_period", self.inverse_period)
         gradients = [p.grad for layer in self._layers for p in layer.parameters if p.grad is not None]
         scale, shown = estimate.scale, estimate.shown
-        new = estimate.average(gradients, self._inverses) if shown else None
+        new = estimate.average(gradients, self._inverses, self._decay) if shown else None
         if not estimate.averages.taken and not shown:
             missing = "loss.backward()" if isinstance(self.estimator, Empirical) else "update(outputs)"
             raise RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
-        self._inverses.refresh(self._steps, period, damping, estimate.averages.of(self._layers))
+        averages = estimate.averages.of(self._layers)
         if new is not None:
-            self._inverses.observe(estimate.statistic, new, scale, self.decay, damping)
-        clip = None
-        if self.kl_clip is not None:
-            clip = at(self._steps, "kl_clip", self.kl_clip), at(self._steps, "kl_lr", self.kl_lr)
-        precondition(self._layers, self._inverses, estimate.training, self.factor_dtype, clip, self._steps)
+            self._count(estimate.statistic.work, averages.layers.values(), spectral=isinstance(self.structure, Exact))
+        self._inverses.refresh(self._steps, self._period("inverse_period"), damping, averages)
+        if new is not None:
+            self._inverses.observe(estimate.statistic, new, scale, self._decay, damping)
+        dtype, lengths = self.factor_dtype, self._length()
+        precondition(self._layers, self._inverses, estimate.training, dtype, *lengths, self._steps)
         self._steps += 1
         estimate.capture.uses = []
         self._begin()
@@ -183,8 +185,7 @@ class KFACPreconditioner(Seen):
         return self._estimate.found.layers
 
     def _begin(self) -> None:
-        due = self._steps % at(self._steps, "statistics_period", self.statistics_period) == 0
-        self._estimate.begin(due, self._inverses.keeps_uses)
+        self._estimate.begin(self._steps % self._period("statistics_period") == 0, self._inverses.keeps_uses)
 
     def _settled(self, gone: Mapping[Layer, str]) -> None:
         """These layers are none."""

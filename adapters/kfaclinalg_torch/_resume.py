@@ -14,6 +14,7 @@ from ._checkpoint import (
     check_gone,
     check_keys,
     check_made,
+    check_periods,
     check_run,
     is_number,
     made,
@@ -57,15 +58,21 @@ def preconditioner_state(preconditioner: Any) -> dict[str, Any]:
     """That of a `KFACPreconditioner`, in tensors, numbers, lists and dictionaries."""
     p, estimate = preconditioner, preconditioner._estimate
     state = {"averages": estimate.averages.state(), "inverses": p._inverses.state()}
-    alone = {"steps": p._steps, "generator": p.generator.get_state(), "gone": dict(p._gone)}
+    alone = {
+        "steps": p._steps,
+        "generator": p.generator.get_state(),
+        "gone": dict(p._gone),
+        "periods": dict(p._periods),
+    }
     return alone | {"made": made(p.structure, p.estimator, estimate.found.layers)} | packed(state)
 
 
 def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None:
     p, averages = preconditioner, preconditioner._estimate.averages
-    check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone"))
+    check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone", "periods"))
     steps, gone, known = state_dict["steps"], state_dict["gone"], p._estimate.found
     check(isinstance(steps, int) and is_number(steps), f"steps is {steps!r}")
+    check_periods(state_dict["periods"])
     check_generator(p.generator, state_dict["generator"])
     check_gone(gone)
     if lost := {layer: gone[layer.name] for layer in known.layers if layer.name in gone}:
@@ -79,6 +86,6 @@ def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None
     p._settled(lost)
     averages.load(means)
     p._inverses.load(inverted)
-    p._steps = steps
+    p._steps, p._periods = steps, dict(state_dict["periods"])
     p.generator.set_state(state_dict["generator"])
     p._begin()

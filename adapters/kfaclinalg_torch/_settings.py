@@ -12,18 +12,21 @@ from torch import Tensor
 
 from kfaclinalg import Exact, KFACOptions, LowRank, Structure
 
+from ._damping import Relative
 from ._estimators import Empirical, estimator_of
 from ._layer import Layer
 
 Number = float | Callable[[int], float]
-Period = int | Callable[[int], int]
+Damping = Relative | float | Callable[[int], Relative | float]
+Period = str | int | Callable[[int], int]
 COUNTS = ("statistics_period", "inverse_period")
+AUTO = "auto"
 
 
 def check_numbers(**options: Any) -> None:
     """A TypeError or ValueError names the first that is out of its range; functions of the step pass."""
     for name, value in options.items():
-        if (value is None and name == "kl_clip") or callable(value):
+        if _needs_no_check(name, value):
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} is {value!r}, expected a number or a function of the step")
@@ -34,10 +37,18 @@ def check_numbers(**options: Any) -> None:
             raise ValueError(f"{name} is {value!r}, expected a number in [0, {1 if name == 'decay' else '∞'})")
 
 
-def check_together(estimator: Any, likelihood: Any, kl_clip: Any, kl_lr: Any, generator: Any) -> None:
+def _needs_no_check(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return name in {None: ("kl_clip", "length"), AUTO: (*COUNTS, "length")}.get(value, ())
+    return callable(value) or (name == "damping" and isinstance(value, Relative))
+
+
+def check_together(estimator: Any, likelihood: Any, length: Any, kl_clip: Any, kl_lr: Any, generator: Any) -> None:
     """A ValueError where one option leaves another without effect, or lacks it."""
     if kl_lr is not None and kl_clip is None:
         raise ValueError("kl_lr would have no effect without kl_clip")
+    if kl_clip is not None and length not in (AUTO, None):
+        raise ValueError("kl_clip would have no effect beside length")
     empirical = isinstance(estimator, Empirical)
     if not empirical and likelihood is None:
         raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,13 @@ class Sums(NamedTuple):
     A: Any
     rows: int
     G: Any
+
+
+class Work(NamedTuple):
+    """Flops: of the model's own forward and backward passes, and of the statistic."""
+
+    model: int = 0
+    statistic: int = 0
 
 
 class Held(NamedTuple):
@@ -46,6 +54,7 @@ class Statistic:
         self._rows: dict[Any, tuple[Use, Tensor]] = {}
         self._pooled: dict[Any, tuple[Any, Any, int]] = {}
         self._passes: dict[int, int] = {}
+        self.work = Work()
 
     @property
     def blocks(self) -> set[Block]:
@@ -65,6 +74,7 @@ class Statistic:
         block: Any = use.block
         N, (x, s) = use.examples(), use.pair(g, self.dtype)
         self.saw(use.of)
+        self._count(block, x, draw)
         if self.keep:
             self.uses.setdefault((use.of.number, draw), []).append((use, g))
         if self.sharing[block.name] == "reduce" and isinstance(block, Rows):
@@ -81,6 +91,14 @@ class Statistic:
         """The gradient of a parameter in the sum of the losses of passes that it `saw`."""
         g = g.detach().to(self.dtype)
         self._sum(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
+
+    def _count(self, block: Block, x: Tensor, draw: int) -> None:
+        """Three products with W, and in the statistic one more for each draw; Σ a aᵀ and Σ g gᵀ."""
+        if isinstance(block, Dense):
+            rows, (m, n) = prod(block.positions(x)), block.shape[-2:]
+            W, (model, statistic) = prod(block.shape), self.work
+            moments = rows * (m * m + n * n if draw == 0 else m * m) * (W // max(m * n, 1))
+            self.work = Work(model + (6 * rows * W if draw == 0 else 0), statistic + moments + 2 * rows * W)
 
     def saw(self, of: Pass) -> None:
         if of.number not in self._passes:
@@ -102,9 +120,11 @@ class Statistic:
         self._pooled = {}
         blocks = sorted(self.sums, key=lambda block: block.name)
         sums = [self.sums[block] for block in blocks]
-        moments, (N, *counts) = over_processes(
-            [sum.A for sum in sums] + [scale**2 * sum.G for sum in sums], [self.examples, *(sum.rows for sum in sums)]
+        moments, numbers = over_processes(
+            [sum.A for sum in sums] + [scale**2 * sum.G for sum in sums],
+            [self.examples, *self.work, *(sum.rows for sum in sums)],
         )
+        N, self.work, counts = numbers[0], Work(*numbers[1:3]), numbers[3:]
         A, G = moments[: len(sums)], moments[len(sums) :]
         found: dict[str, LayerFactors | Held] = {
             block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / max(N, 1)))

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from math import prod
 
 from kfaclinalg import Diagonal, LayerFactors
 
 
 def turns_of(layers: Iterable[LayerFactors], period: int) -> list[int]:
     """The turn of each."""
-    return _slots(tuple(map(_cost, layers)), period)
+    return _slots(tuple(map(cost_of, layers)), period)
 
 
-def _cost(layer: LayerFactors) -> float:
+def cost_of(layer: LayerFactors) -> float:
     """n³ for each dense side."""
     return sum(M.shape[-1] ** (1 if isinstance(M, Diagonal) else 3) for M in layer)
+
+
+def product_of(layer: LayerFactors) -> int:
+    """Flops of G⁻¹ V A⁻¹."""
+    n, m = (1 if isinstance(M, Diagonal) else M.shape[-1] for M in layer)
+    return 2 * prod(layer.A.shape[:-2] or (1,)) * layer.A.shape[-1] * layer.G.shape[-1] * (n + m)
 
 
 @lru_cache

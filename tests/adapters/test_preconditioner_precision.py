@@ -122,7 +122,7 @@ def test_a_scaled_loss_gives_the_statistics_and_the_step_of_an_unscaled_one(esti
         model, (x, y) = network(4, 8, 3), batch()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        preconditioner = preconditioned(model, estimator, inverse_period=2, **scaled(estimator, scaler))
+        preconditioner = preconditioned(model, estimator, damping=0.1, inverse_period=2, **scaled(estimator, scaler))
         for _ in range(4):
             optimizer.zero_grad()
             outputs = model(x)

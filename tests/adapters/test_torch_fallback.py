@@ -83,7 +83,7 @@ def test_a_step_of_the_diagonal_is_damped_as_the_others_are():
     functional.cross_entropy(model(*x), torch.zeros(5, dtype=torch.int64)).backward()
     V = model.scale.grad.clone()
     with preconditioner.paused():
-        precondition(preconditioner._layers, preconditioner._inverses, {}, preconditioner.factor_dtype, None, 0)
+        precondition(preconditioner._layers, preconditioner._inverses, {}, preconditioner.factor_dtype, None, None, 0)
     gamma, pi = 0.1**0.5, (A[0, 0] / G.d.mean()) ** 0.5
     torch.testing.assert_close(model.scale.grad, V / ((A[0, 0] + pi * gamma) * (G.d + gamma / pi)))
 

@@ -1,0 +1,283 @@
+"""What the defaults choose: a damping relative to the curvature, the length of an update, and the two periods."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from training import Mixed, assert_near, assert_same, backward, batch, gradients, mixed_batch, network, preconditioned
+
+from kfaclinalg import Exact, Factors, LayerFactors, Link, block_tridiagonal_inverse
+from kfaclinalg_torch import KFACPreconditioner, Relative
+from kfaclinalg_torch._damping import gammas_of
+
+LAYERS = ("0", "2", "4")
+
+
+def with_bias(tensors, name):
+    return torch.cat([tensors[f"{name}.weight"], tensors[f"{name}.bias"][:, None]], 1).double()
+
+
+def case(model=None, *, scale=1.0, **options):
+    """∇W and the update of the layers of a network, and its A and G, after one step."""
+    model = model or network(4, 6, 5, 3)
+    preconditioner = preconditioned(model, "exact", **options)
+    backward(model, preconditioner, *batch(N=40), scale=scale)
+    V = gradients(model)
+    preconditioner.step()
+    U = gradients(model)
+    factors = {name: tuple(M.double() for M in pair) for name, pair in preconditioner.layers.items()}
+    return [{name: with_bias(x, name) for name in LAYERS} for x in (V, U)], factors
+
+
+# -- a damping relative to the curvature --
+
+
+def mean_eigenvalues(A, G):
+    return torch.linalg.eigvalsh(A).mean(), torch.linalg.eigvalsh(G).mean()
+
+
+def factored(A, G, V, fraction):
+    a, g = (fraction**0.5 * mean for mean in mean_eigenvalues(A, G))
+    return torch.linalg.solve(G + g * torch.eye(len(G)), V) @ torch.linalg.inv(A + a * torch.eye(len(A)))
+
+
+def exact(A, G, V, fraction):
+    a, g = mean_eigenvalues(A, G)
+    F = torch.kron(A, G) + fraction * a * g * torch.eye(len(A) * len(G), dtype=A.dtype)
+    return torch.linalg.solve(F, V.mT.flatten()).view(V.mT.shape).mT
+
+
+@pytest.mark.parametrize("fraction", [1e-3, 0.1, 3.0])
+@pytest.mark.parametrize(("structure", "reference"), [("block-diagonal", factored), (Exact(), exact)])
+def test_a_relative_damping_is_a_part_of_the_mean_eigenvalue(structure, reference, fraction):
+    (V, U), factors = case(damping=Relative(fraction), length=None, structure=structure)
+    for name, (A, G) in factors.items():
+        expected = reference(A, G, V[name], fraction)
+        bound = 100 * torch.finfo(torch.float32).eps / fraction  # cond of the damped factors
+        torch.testing.assert_close(U[name], expected, rtol=0, atol=bound * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal", "eigen"])
+def test_neither_the_scale_of_the_loss_nor_that_of_the_inputs_matters(structure):
+    """A W that is so many times smaller for inputs so many times larger has an update so many times smaller."""
+    updates = []
+    for c in (1.0, 2.0**10):
+        model = nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in pairwise((4, 5, 3)))).double()
+        x = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.copy_(torch.linspace(-1, 1, layer.weight.numel()).view_as(layer.weight))
+            model[0].weight.div_(c)
+        preconditioner = preconditioned(model, "exact", "gaussian", structure=structure, length=None)
+        outputs = model(c * x)
+        preconditioner.update(outputs)
+        outputs.pow(2).sum().div(40).mul(c).backward()
+        preconditioner.step()
+        updates.append([model[0].weight.grad, model[1].weight.grad / c])
+    assert_near(updates[1], updates[0])
+
+
+def test_in_a_chain_each_layer_has_a_damping_of_its_own():
+    """F = D F' D with D = √(a_i g_i) on layer i, and all mean eigenvalues of F' are one: one γ serves them all."""
+    generator = torch.Generator().manual_seed(0)
+    wide = {"generator": generator, "dtype": torch.float64}
+    rows = [s * torch.randn(50, n, **wide) for n, s in ((4, 9.0), (3, 1e-2), (5, 1.0))]
+    slopes = [s * torch.randn(50, m, **wide) for m, s in ((3, 0.1), (5, 7.0), (2, 1e3))]
+    rows[1], rows[2] = rows[1] + 1e-3 * rows[0][:, :3], rows[2] + 20 * rows[1] @ torch.ones(3, 5, dtype=torch.float64)
+    means = [(x.square().mean(), g.square().mean()) for x, g in zip(rows, slopes, strict=True)]
+
+    def inverse(rows, slopes, gamma_of):
+        layers = tuple(LayerFactors(x.mT @ x / 50, g.mT @ g / 50) for x, g in zip(rows, slopes, strict=True))
+        sides = zip(pairwise(rows), pairwise(slopes), strict=True)
+        links = tuple(Link(x.mT @ y / 50, g.mT @ h / 50) for (x, y), (g, h) in sides)
+        return block_tridiagonal_inverse(Factors(layers, links), gamma_of(layers))
+
+    fraction = 0.2
+    came = inverse(rows, slopes, lambda layers: gammas_of(Relative(fraction), layers))
+    even = zip(rows, slopes, means, strict=True)
+    unit = [(x / a**0.5, g / b**0.5) for x, g, (a, b) in even]
+    expected = inverse(*zip(*unit, strict=True), lambda layers: fraction**0.5)
+    Vs = tuple(torch.randn(g.shape[1], x.shape[1], **wide) for x, g in unit)
+    scales = [(a * b) ** 0.5 for a, b in means]
+    Us = expected.apply(tuple(V / s for V, s in zip(Vs, scales, strict=True)))
+    for U, came_one, s in zip(Us, came.apply(Vs), scales, strict=True):
+        torch.testing.assert_close(came_one, U / s, rtol=1e-10, atol=1e-10 * float((U / s).abs().max()))
+
+
+def test_a_layer_without_curvature_keeps_a_finite_update():
+    model = network(4, 6, 5, 3)
+    with torch.no_grad():
+        model[4].weight.zero_()  # nothing reaches the layers below
+    (_, U), factors = case(model)
+    assert float(factors["0"][1].abs().max()) == 0
+    assert float(U["0"].abs().max()) == 0
+    assert all(bool(U[name].isfinite().all()) for name in LAYERS)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, math.nan, math.inf, "large", True])
+def test_a_fraction_is_a_number(fraction):
+    with pytest.raises((TypeError, ValueError), match="fraction is"):
+        Relative(fraction)
+
+
+# -- the length of the update --
+
+
+@pytest.mark.parametrize("length", [1e-3, 0.5])
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal", "eigen"])
+def test_each_layer_is_updated_by_the_same_length_in_the_direction_of_its_own(structure, length):
+    (_, came), _ = case(structure=structure, length=length, scale=1e6)
+    (_, plain), _ = case(structure=structure, length=None)
+    for name in LAYERS:
+        torch.testing.assert_close(came[name].square().mean().sqrt(), torch.tensor(length).double(), rtol=1e-5, atol=0)
+        assert_near(came[name], plain[name] * (length / plain[name].square().mean().sqrt()), c=1000)
+
+
+def test_the_length_is_chosen_with_the_damping():
+    (_, default), _ = case()
+    (_, plain), _ = case(damping=0.1)
+    (_, long), _ = case(damping=0.1, length=1.0)
+    (_, clipped), _ = case(kl_clip=1e-6)
+    rms = [float(U["2"].square().mean().sqrt()) for U in (default, plain, long, clipped)]
+    assert rms[0] == pytest.approx(1e-3)
+    assert rms[2] == pytest.approx(1.0)
+    assert rms[1] != pytest.approx(1e-3, rel=1e-2)
+    assert rms[3] != pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_length_may_follow_the_steps():
+    (_, expected), _ = case(length=0.1)
+    (_, came), _ = case(length=lambda step: 0.1 / (step + 1))
+    assert_same(came, expected)
+
+
+@pytest.mark.parametrize("options", [{"length": -1.0}, {"length": "long"}, {"length": 1e-3, "kl_clip": 1e-3}])
+def test_a_wrong_length_is_refused(options):
+    with pytest.raises((TypeError, ValueError), match="length"):
+        KFACPreconditioner(network(4, 3), likelihood="categorical", **options)
+
+
+def test_what_is_left_alone_keeps_its_gradient():
+    model = network(4, 6, 5, 3)
+    with pytest.warns(UserWarning, match="skipped by name"):
+        preconditioner = preconditioned(model, "exact", skip=["2"])
+    backward(model, preconditioner, *batch())
+    before = gradients(model)
+    preconditioner.step()
+    assert torch.equal(model[2].weight.grad, before["2.weight"])
+
+
+# -- the periods --
+
+
+def work_of(preconditioner, model, x, y):
+    backward(model, preconditioner, x, y)
+    return preconditioner._estimate.statistic.work
+
+
+def test_the_work_is_counted_from_rows_and_shapes():
+    N, sizes = 12, (4, 6, 5, 3)
+    model = network(*sizes)
+    work = work_of(preconditioned(model, samples=2), model, *batch(N))
+    shapes = [(m, n + 1) for n, m in pairwise(sizes)]
+    assert work.model == sum(6 * N * m * n for m, n in shapes)
+    assert work.statistic == sum(N * (n * n + 2 * m * m) + 2 * 2 * N * m * n for m, n in shapes)
+
+
+@pytest.mark.parametrize(("N", "sizes"), [(4, (30, 40, 30)), (200, (30, 40, 30)), (2000, (8, 3))])
+def test_what_is_added_is_at_most_the_model_s_own_work(N, sizes):
+    model = network(*sizes)
+    preconditioner = preconditioned(model)
+    work = work_of(preconditioner, model, *batch(N, sizes[0], sizes[-1]))
+    preconditioner.step()
+    periods = preconditioner._periods
+    shapes = [(m, n + 1) for n, m in pairwise(sizes)]
+    spare = max(work.model - sum(2 * m * n * (m + n) for m, n in shapes), work.model / 4)
+    costs = {"statistics_period": work.statistic, "inverse_period": sum(m**3 + n**3 for m, n in shapes)}
+    for name, (least, largest) in {"statistics_period": (1, 10), "inverse_period": (10, 100)}.items():
+        period = periods[name]
+        assert least <= period <= largest
+        assert period == largest or costs[name] / period <= spare / 2
+        assert period == least or costs[name] / (period - 1) > spare / 2.001
+
+
+def test_statistics_are_taken_and_inverses_made_early_and_then_in_their_periods():
+    model = network(4, 6, 5, 3)
+    preconditioner = preconditioned(model)
+    preconditioner._periods = {"statistics_period": 7, "inverse_period": 11}
+    taken, made = [], []
+    for step in range(30):
+        before = preconditioner._estimate.averages.taken, dict(preconditioner._inverses.inverses)
+        backward(model, preconditioner, *batch(seed=step))
+        preconditioner.step()
+        if preconditioner._estimate.averages.taken > before[0]:
+            taken.append(step)
+        made.append({name for name, K in preconditioner._inverses.inverses.items() if K is not before[1].get(name)})
+    assert taken == [0, 1, 2, 4, 7, 14, 21, 28]
+    assert [step for step in range(11) if made[step] == set(LAYERS)] == [0, 1, 2, 4, 8]
+    assert sum(map(len, made[11:22])) == len(LAYERS)  # each once, in steps of their own
+
+
+def test_with_a_number_for_the_damping_nothing_is_chosen():
+    model = network(4, 6, 5, 3)
+    preconditioner = preconditioned(model, damping=0.1)
+    for step in range(4):
+        backward(model, preconditioner, *batch(seed=step))
+        preconditioner.step()
+    assert preconditioner._estimate.averages.taken == 4
+    assert preconditioner._period("inverse_period") == 10
+
+
+def test_a_module_does_what_it_did_where_nothing_is_due():
+    """A rule's forward, step by step in a recurrent layer, is for statistics alone."""
+    torch.manual_seed(0)
+    model = nn.GRU(3, 4, batch_first=True)
+    preconditioner = preconditioned(model, "exact", "gaussian", outputs=0, damping=0.1, statistics_period=3)
+    x, nodes = torch.randn(2, 5, 3), []
+    for _ in range(4):
+        outputs, _ = model(x)
+        nodes.append(len(graph(outputs.grad_fn)))
+        preconditioner.update((outputs, None))
+        outputs.sum().backward()
+        preconditioner.step()
+    assert nodes[1] == nodes[2] < nodes[0] == nodes[3]
+
+
+def graph(node):
+    """All nodes that lead to this one."""
+    known, stack = set(), [node]
+    while stack:
+        one = stack.pop()
+        if one is not None and one not in known:
+            known.add(one)
+            stack += [before for before, _ in one.next_functions]
+    return known
+
+
+# -- what comes of it --
+
+
+@pytest.mark.parametrize("make", [lambda: (network(4, 8, 3), batch(64)), lambda: (Mixed(), mixed_batch(N=32))])
+@pytest.mark.parametrize("lr", [1e-4, 1e-3, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_defaults_go_down_with_any_usual_rate(make, optimizer, lr):
+    if optimizer is torch.optim.AdamW and lr > 1e-2:
+        pytest.skip("no usual rate of AdamW")
+    model, (x, y) = make()
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    preconditioner, optimizer = preconditioned(model), optimizer(model.parameters(), lr=lr, **options)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        outputs = model(x)
+        preconditioner.update(outputs)
+        loss = functional.cross_entropy(outputs, y)
+        loss.backward()
+        preconditioner.step()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert max(losses) < 1.2 * losses[0]
