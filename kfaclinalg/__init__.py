@@ -19,12 +19,15 @@ from .curvature import (
 )
 from .damping import factored_tikhonov, tikhonov_pi
 from .dense import Dense
+from .direct_sum import DirectSum
 from .factors import Factors, LayerFactors, Link, batch_factors, homogeneous, second_moment
-from .kronecker import Kronecker, OuterProduct
+from .kronecker import Kronecker
 from .kronecker_basis import KroneckerBasis
+from .kronecker_eigen import KroneckerEigen
 from .kronecker_pair import KroneckerPair
 from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 from .options import KFACOptions
+from .outer_product import OuterProduct
 from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
 from .spectral import Eigen, Exact
 from .structures import Factored, LowRank, Structure, Tridiagonal
@@ -35,6 +38,7 @@ __all__ = [
     "CholeskyInverse",
     "Dense",
     "Diagonal",
+    "DirectSum",
     "Eigen",
     "Exact",
     "Factored",
@@ -43,6 +47,7 @@ __all__ = [
     "KFACState",
     "Kronecker",
     "KroneckerBasis",
+    "KroneckerEigen",
     "KroneckerPair",
     "LayerFactors",
     "LinAlgError",

@@ -55,6 +55,11 @@ def side(M: SideLike) -> Side:
     return made
 
 
+def transposed(M: SideLike) -> SideLike:
+    """Mᵀ; all but arrays are symmetric."""
+    return M if isinstance(M, KINDS) else M.mT
+
+
 def between(B: SideLike, X: Array, A: SideLike) -> Array:
     """B X Aᵀ, at once where both are arrays."""
     if isinstance(A, KINDS) or isinstance(B, KINDS):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar, dataclass_transform
 
+from . import _backends
 from ._backends import Array, Device, DType, Namespace, pytrees, transfer
 
 T = TypeVar("T")
@@ -156,8 +157,14 @@ def as_scipy_on_vectors(self: Any) -> LinearOperator:
     return linear_operator(self, [(self.shape[0], 1)], lambda Xs: (self @ Xs[0],))
 
 
+def gram_of_columns(self: Any, X: Array, Y: Array, /) -> Array:
+    """Xᵀ M Y (..., p, q) for X (..., n, p) and Y (..., n, q). The flops of `@`, and 2 n p q."""
+    left, right = (self._operand(Z, (self.shape[0], k)) for Z, k in ((X, "p"), (Y, "q")))
+    return _backends.narrowed(_backends.product(left.mT, self.apply(right)), Y.dtype)
+
+
 def linear_operator(
-    operator: object, shapes: Sequence[tuple[int, int]], apply: Callable[[tuple[Array, ...]], Iterable[Array]]
+    operator: object, shapes: Sequence[tuple[int, ...]], apply: Callable[[tuple[Array, ...]], Iterable[Array]]
 ) -> LinearOperator:
     """`apply`, which takes a tuple of matrices (..., *shape), as an operator of SciPy on their stacked vecs."""
     return transfer.linear_operator(operator, list(leaves(operator)), shapes, apply)

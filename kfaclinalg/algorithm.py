@@ -11,8 +11,8 @@ from . import _backends, _checks, _guards, _network
 from ._best_step import Matrices, Model, best_step, square_of
 from .averages import averaging_decay, moving_average
 from .factors import Factors
-from .kronecker import OuterProduct
 from .options import KFACOptions
+from .outer_product import OuterProduct
 from .quadratic import levenberg_marquardt, reduction_ratio
 from .structures import Structure
 
@@ -23,7 +23,7 @@ class Problem(Protocol):
     """One mini-batch S' as an adapter presents it. Losses are means over examples and exclude the weight decay.
 
     For a structure that observes them ("eigen") it also has a method `squared_gradients(bases)`, called after
-    `factors`: on the same S1 and targets, for the `KroneckerBasis` of each layer the means of (K_Bᵀ ∇W K_A)² over the
+    `factors`: on the same S1 and targets, for the `KroneckerEigen` of each layer the means of (Q_Bᵀ ∇W Q_A)² over the
     examples, ∇W being the gradient of one; None for a layer without a basis.
     """
 

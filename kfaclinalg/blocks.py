@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any, Protocol
+from typing import Any
 
-from . import _backends, _checks
+from . import _backends, _blocks, _checks, _gram
 from ._backends import Array, product
+from ._blocks import Operator
 from ._value import LinearOperator, Value, leaves, linear_operator, value
-
-
-class Operator(Protocol):
-    """What acts on the matrix (..., m, n) of one layer."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    def __matmul__(self, V: Any, /) -> Array: ...
-    def inverse(self) -> Any: ...
-    def solve(self, V: Array) -> Array: ...
-    def logdet(self) -> Array: ...
-    def trace(self) -> Array: ...
-    def diagonal(self) -> Array: ...
-    def to_dense(self) -> Array: ...
+from .outer_product import OuterProduct
 
 
 @value
@@ -44,11 +32,11 @@ class BlockDiagonal(Value):
 
     def __post_init__(self) -> None:
         _checks.check_class("blocks", self.blocks, tuple)
-        _check_operators("blocks", self.blocks)
+        _blocks.check_operators("blocks", self.blocks)
 
     def apply(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """(block_1 @ V_1, ..., block_l @ V_l). The sum of the blocks' flops."""
-        return tuple(_checks.named(at, _applied, block, V) for at, block, V in _matched(self.blocks, Vs))
+        return tuple(_checks.named(at, _blocks.applied, block, V) for at, block, V in _blocks.matched(self.blocks, Vs))
 
     __matmul__ = apply
 
@@ -58,7 +46,7 @@ class BlockDiagonal(Value):
 
     def solve(self, Vs: Sequence[Array], /) -> tuple[Array, ...]:
         """Each block's `solve` of its V: backward stable, for one-off use."""
-        return tuple(_checks.named(at, block.solve, V) for at, block, V in _matched(self.blocks, Vs))
+        return tuple(_checks.named(at, block.solve, V) for at, block, V in _blocks.matched(self.blocks, Vs))
 
     def logdet(self) -> Array:
         """Σ log det block_i (...)."""
@@ -74,7 +62,16 @@ class BlockDiagonal(Value):
 
     def to_dense(self) -> Array:
         """The matrix that acts on the stacked vec(V_i), zero outside the diagonal blocks."""
-        return _assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
+        return _blocks.assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
+
+    def gram(self, Us: Sequence[Any], Vs: Sequence[Any], /) -> Array:
+        """The matrix (p, q) of Σ vec(U_i)ᵀ block vec(V_j), for a batch of arrays or `OuterProduct`s for each block.
+
+        The sum of the blocks' flops.
+        """
+        held = _checks.items("Us", Us, len(self.blocks))
+        pairs = zip(held, _blocks.matched(self.blocks, Vs), strict=True)
+        return reduce(add, (_checks.named(at, block.gram, U, V) for U, (at, block, V) in pairs))
 
     def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
@@ -107,7 +104,7 @@ class BlockTridiagonalInverse(Value):
     def __post_init__(self) -> None:
         for name in ("Psi_A", "Psi_G", "Lambda"):
             _checks.check_class(name, getattr(self, name), tuple)
-        _check_operators("Lambda", self.Lambda)
+        _blocks.check_operators("Lambda", self.Lambda)
         if not len(self.Psi_A) == len(self.Psi_G) < len(self.Lambda):
             counts = (len(self.Psi_A), len(self.Psi_G), len(self.Lambda))
             raise ValueError(f"got {counts} of Psi_A, Psi_G and Lambda, expected (l - 1, l - 1, l) for l >= 1 layers")
@@ -124,13 +121,13 @@ class BlockTridiagonalInverse(Value):
         """
         b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
         Vs = _checks.items("Vs", Vs, len(self.Lambda))
-        Xs = [_backends.operand(b, at, V, block.shape) for at, block, V in _matched(self.Lambda, Vs)]
+        Xs = [_backends.operand(b, at, V, block.shape) for at, block, V in _blocks.matched(self.Lambda, Vs)]
         chain = len(self.Psi_A) + 1
         batches = {f"Vs[{i}]": tuple(V.shape[:-2]) for i, V in enumerate(Vs[:chain])}
         _checks.check_batches(**batches, **{f"Psi_A[{i}]": tuple(M.shape[:-2]) for i, M in enumerate(self.Psi_A)})
         links = list(zip(self.Psi_A, self.Psi_G, strict=True))
         Us = [X - product(G, above, A.mT) for X, above, (A, G) in zip(Xs, Xs[1:], links, strict=False)]  # Ξ
-        Us = [_applied(block, U) for block, U in zip(self.Lambda, [*Us, *Xs[chain - 1 :]], strict=True)]  # Λ
+        Us = [_blocks.applied(block, U) for block, U in zip(self.Lambda, [*Us, *Xs[chain - 1 :]], strict=True)]  # Λ
         Ws = [U - product(G.mT, below, A) for U, below, (A, G) in zip(Us[1:], Us, links, strict=False)]  # Ξᵀ
         return tuple(_backends.narrowed(W, V.dtype) for W, V in zip([Us[0], *Ws, *Us[chain:]], Vs, strict=True))
 
@@ -147,42 +144,18 @@ class BlockTridiagonalInverse(Value):
         Xi = {(i, i): b.eye(block.shape[-1]) for (i, _), block in Lambda.items()}
         for i, (A, G) in enumerate(zip(self.Psi_A, self.Psi_G, strict=True)):
             Xi[i, i + 1] = -_backends.kron(A, G)
-        dense = _assembled(Xi)
-        return product(dense.mT, _assembled(Lambda), dense)
+        dense = _blocks.assembled(Xi)
+        return product(dense.mT, _blocks.assembled(Lambda), dense)
+
+    def gram(self, Us: Sequence[Any], Vs: Sequence[Any], /) -> Array:
+        """The matrix (p, q) of Σ vec(U_i)ᵀ F̂⁻¹ vec(V_j), for a batch of arrays or `OuterProduct`s for each layer.
+
+        The flops of `apply` for the q on the right, and Σ 2 p q m n.
+        """
+        us, vs = (_checks.items(name, Ws, len(self.Lambda)) for name, Ws in (("Us", Us), ("Vs", Vs)))
+        applied = self.apply([V.to_dense() if isinstance(V, OuterProduct) else V for V in vs])
+        return reduce(add, (_gram.inner(U, W) for U, W in zip(us, applied, strict=True)))
 
     def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
         return linear_operator(self, [block.shape for block in self.Lambda], self.apply)
-
-
-def _check_operators(name: str, blocks: Sequence[Operator]) -> None:
-    for i, block in enumerate(_checks.items(name, blocks)):
-        if not hasattr(block, "__matmul__") or hasattr(block, "dtype"):
-            raise TypeError(f"{name}[{i}] is a {_checks.class_of(block)}, expected an operator such as a Kronecker")
-
-
-def _matched(blocks: Sequence[Operator], Vs: Sequence[Array]) -> Iterator[tuple[str, Operator, Array]]:
-    """Each operator with its matrix, and its name in a message."""
-    held = _checks.items("Vs", Vs, len(blocks))
-    return ((f"Vs[{i}]", block, V) for i, (block, V) in enumerate(zip(blocks, held, strict=True)))
-
-
-def _applied(block: Operator, V: Array) -> Array:
-    """block @ V: torch.compile traces the method and not the operator."""
-    return block.apply(V) if hasattr(block, "apply") else block @ V
-
-
-def _assembled(blocks: dict[tuple[int, int], Array]) -> Array:
-    """The square matrix of blocks {(i, j): (..., r_i, r_j)}, those on the diagonal among them; the others are zero."""
-    b = _backends.resolve(**{f"blocks[{i}, {j}]": block for (i, j), block in blocks.items()})
-    batch = _checks.common_batch(*(block.shape[:-2] for block in blocks.values()))
-    layers = sorted({i for i, _ in blocks})
-    sizes = [blocks[i, i].shape[-1] for i in layers]
-
-    def entry(i: int, j: int) -> Array:
-        shape = (*batch, sizes[i], sizes[j])
-        block = blocks.get((i, j))
-        return b.zeros(*shape) if block is None else b.xp.broadcast_to(block, shape)
-
-    rows = [b.xp.concat([entry(i, j) for j in layers], axis=-1) for i in layers]
-    return b.xp.concat(rows, axis=-2)

@@ -13,8 +13,9 @@ from ._value import rebuilt
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .damping import _shifts, factored_tikhonov
 from .factors import Factors, LayerFactors
-from .kronecker import Kronecker, _shifted_inverse
+from .kronecker import Kronecker, shifted_inverse
 from .kronecker_basis import KroneckerBasis
+from .kronecker_eigen import eigendecompositions
 from .low_rank import LowRankPlusDiagonal, low_rank, low_rank_plus_diagonal
 
 T = TypeVar("T")
@@ -98,9 +99,8 @@ def exactly_damped_inverse(factors: Factors, damping: Scalar, /) -> BlockDiagona
     """
     layers = _network.layers(factors)
     shifts = [_checks.named(at, _shift, layer, damping) for at, layer in layers.items()]
-    spectra = _backends.each(_backends.eigh, ((side(M).to_dense(),) for layer in layers.values() for M in layer))
-    blocks = zip(_pairs(spectra), shifts, strict=True)
-    return BlockDiagonal(tuple(_shifted_inverse(A, G, shift) for (A, G), shift in blocks))
+    blocks = zip(eigendecompositions([(layer.A, layer.G) for layer in layers.values()]), shifts, strict=True)
+    return BlockDiagonal(tuple(shifted_inverse(eigen, shift) for eigen, shift in blocks))
 
 
 def low_rank_inverse(

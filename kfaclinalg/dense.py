@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import _backends, _checks
 from ._backends import Array, Scalar
-from ._value import Value, as_scipy_on_vectors, value
+from ._value import Value, as_scipy_on_vectors, gram_of_columns, value
 
 
 @value
@@ -24,6 +24,7 @@ class Dense(Value):
 
     M: Array
     as_scipy = as_scipy_on_vectors
+    gram = gram_of_columns
 
     def __post_init__(self) -> None:
         _backends.resolve(M=self.M)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import _backends, _checks
 from ._backends import Array, Scalar
-from ._value import Value, as_scipy_on_vectors, value
+from ._value import Value, as_scipy_on_vectors, gram_of_columns, value
 
 
 @value
@@ -22,6 +22,7 @@ class Diagonal(Value):
 
     d: Array
     as_scipy = as_scipy_on_vectors
+    gram = gram_of_columns
 
     def __post_init__(self) -> None:
         self._backend()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks
+from . import _backends, _checks, _gram
 from ._backends import Array, Scalar
 from ._sides import (
     ROUTINES,
@@ -18,48 +18,8 @@ from ._sides import (
 )
 from ._value import Value, as_scipy_on_matrices, rebuilt, value
 from .kronecker_basis import KroneckerBasis
-
-
-@value
-class OuterProduct(Value):
-    """L Rᵀ for L (..., m, r) and R (..., n, r): a layer's gradient Σ g aᵀ over r examples, as the batch gives it.
-
-    `Kronecker @` takes it as a V (m, n) without forming it, the low-rank form at the end of Section 8.
-
-    >>> import numpy as np
-    >>> Kronecker(np.eye(3), 2 * np.eye(1)) @ OuterProduct(np.ones((1, 2)), np.ones((3, 2)))
-    array([[4., 4., 4.]])
-    """
-
-    L: Array
-    R: Array
-
-    def __post_init__(self) -> None:
-        b = _backends.resolve(L=self.L, R=self.R)
-        _backends.operand(b, "L", self.L, ("m", "r"))
-        _backends.operand(b, "R", self.R, ("n", self.L.shape[-1]))
-        _checks.check_batches(L=self.L.shape[:-2], R=self.R.shape[:-2])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return (self.L.shape[-2], self.R.shape[-2])
-
-    @staticmethod
-    def pays(shape: tuple[int, int], r: int) -> bool:
-        """Whether (A ⊗ B) applied to L Rᵀ takes fewer flops than to the dense V of this shape.
-
-        r (m² + n² + m n) against m n (m + n): for a square layer, r below two thirds of its size.
-
-        >>> OuterProduct.pays((1000, 1000), 600), OuterProduct.pays((1000, 1000), 700)
-        (True, False)
-        """
-        m, n = shape
-        return r * (m * m + n * n + m * n) < m * n * (m + n)
-
-    def to_dense(self) -> Array:
-        """L Rᵀ (..., m, n). 2 m n r flops."""
-        return _backends.product(self.L, self.R.mT)
+from .kronecker_eigen import KroneckerEigen, eigendecompositions
+from .outer_product import OuterProduct
 
 
 @value
@@ -139,12 +99,18 @@ class Kronecker(Value):
     def shifted_inverse(self, shift: Scalar) -> KroneckerBasis:
         """(A ⊗ B + shift I)⁻¹, exactly (eqn 6). About 9 (n³ + m³) flops.
 
-        With A = Q_A diag(a) Q_Aᵀ and B = Q_B diag(b) Q_Bᵀ the sum is Q diag(vec(b aᵀ + shift)) Qᵀ, Q = Q_A ⊗ Q_B. Only
-        the sum need be positive definite. `shift` is λ + η, what is added to the curvature itself.
+        From `eigh`. Only the sum need be positive definite. `shift` is λ + η, what is added to the curvature itself.
         """
         shift = _backends.scalar(resolve_sides(A=self.A, B=self.B), "shift", shift, **self._batches())
-        A, B = _backends.each(_backends.eigh, [(M.to_dense(),) for M in self._sides()])
-        return _shifted_inverse(A, B, shift)
+        return shifted_inverse(self.eigh(), shift)
+
+    def eigh(self) -> KroneckerEigen:
+        """A ⊗ B = (Q_A ⊗ Q_B) diag(vec(b aᵀ)) (Q_A ⊗ Q_B)ᵀ from the eigenvalues a and b. About 9 (n³ + m³) flops.
+
+        What of an eigenvalue of A or B is below rounding, 4 eps of the largest, has no certain sign and is zero. The
+        eigenvectors of a `Diagonal` are the identity, which is not formed.
+        """
+        return eigendecompositions([(self.A, self.B)])[0]
 
     def logdet(self) -> Array:
         """m log det A + n log det B (...). (n³ + m³)/3 flops."""
@@ -161,6 +127,17 @@ class Kronecker(Value):
         """The diagonal of A ⊗ B, shaped like V: entry (i, j) is B_ii A_jj. m n flops."""
         A, B = self._sides()
         return B.diagonal()[..., :, None] * A.diagonal()[..., None, :]
+
+    def gram(self, U: Array | OuterProduct, V: Array | OuterProduct, /) -> Array:
+        """The matrix (p, q) of vec(U_i)ᵀ (A ⊗ B) vec(V_j), for U (p, m, n) and V (q, m, n) or `OuterProduct`s.
+
+        2 q m n (m + n + p) flops. Of gradients g aᵀ it is (g_iᵀ B g_j)(a_iᵀ A a_j), in 2 q (m² + n² + p (m + n)). For a
+        batch of operators (..., m, n) the first dimension of (p, ..., m, n) counts, and the result is (..., p, q).
+        """
+        X, Y = _gram.operands(self, resolve_sides(A=self.A, B=self.B), U, V, self._batches())
+        if isinstance(Y, OuterProduct) and not OuterProduct.pays(self.shape, Y.L.shape[-1]):
+            Y = Y.to_dense()
+        return _gram.narrowed(_gram.inner(X, _gram.turned(self.B, Y, self.A)), V)
 
     def to_dense(self) -> Array:
         """A ⊗ B as a matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. m² n² flops."""
@@ -183,8 +160,8 @@ class Kronecker(Value):
         return _backends.narrowed(U, V.dtype)
 
 
-def _shifted_inverse(A: tuple[Array, Array], B: tuple[Array, Array], shift: Scalar) -> KroneckerBasis:
-    """(A ⊗ B + shift I)⁻¹ from the eigenvalues and eigenvectors of both."""
-    (a, Q_A), (b, Q_B) = A, B
-    eigenvalues = b[..., :, None] * a[..., None, :] + _backends.per_member(shift)
+def shifted_inverse(eigen: KroneckerEigen, shift: Scalar) -> KroneckerBasis:
+    """(A ⊗ B + shift I)⁻¹, NaN where that is not definite, which eigenvalues that are known to rounding can tell."""
+    Q_A, Q_B = (side(Q).to_dense() for Q in (eigen.Q_A, eigen.Q_B))
+    eigenvalues = eigen.eigenvalues + _backends.per_member(shift)
     return rebuilt(KroneckerBasis, (Q_A, Q_B, _backends.reciprocal(eigenvalues)))

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from . import _backends, _checks
+from . import _backends, _checks, _gram
 from ._backends import Array
 from ._value import Value, as_scipy_on_matrices, value
+from .outer_product import OuterProduct
 
 
 @value
@@ -87,6 +88,11 @@ class KroneckerBasis(Value):
         K = _backends.kron(self.K_A, self.K_B)
         w = self._backend().xp.reshape(self.weights.mT, (*self.weights.shape[:-2], 1, K.shape[-1]))
         return (K * w) @ K.mT
+
+    def gram(self, U: Array | OuterProduct, V: Array | OuterProduct, /) -> Array:
+        """The matrix (p, q) of vec(U_i)ᵀ (this) vec(V_j), as in `KroneckerEigen.gram`, of as many flops."""
+        X, Y = _gram.operands(self, self._backend(), U, V, self._batches())
+        return _gram.narrowed(_gram.in_basis(self.K_A, self.K_B, self.weights, X, Y), V)
 
     def _batches(self) -> dict[str, tuple[int, ...]]:
         return {name: getattr(self, name).shape[:-2] for name in ("K_A", "K_B", "weights")}

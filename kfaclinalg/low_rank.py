@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import _backends, _capacitance, _checks, _subspace, _woodbury
 from ._backends import Array, Scalar
-from ._value import Value, as_scipy_on_vectors, value
+from ._value import Value, as_scipy_on_vectors, gram_of_columns, value
 from .diagonal import Diagonal
 
 __all__ = ["Diagonal", "LowRankPlusDiagonal", "low_rank", "low_rank_plus_diagonal"]
@@ -33,6 +33,7 @@ class LowRankPlusDiagonal(Value):
     s: Array
     d: Array
     as_scipy = as_scipy_on_vectors
+    gram = gram_of_columns
 
     def __post_init__(self) -> None:
         b = self._backend()

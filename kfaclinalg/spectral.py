@@ -8,12 +8,12 @@ from typing import Any
 
 from . import _backends, _checks, _network
 from ._backends import Array, Scalar
-from ._sides import side
 from .blocks import BlockDiagonal
 from .curvature import block_diagonal_inverse
 from .damping import NORMS
 from .factors import Factors, LayerFactors
-from .kronecker_basis import KroneckerBasis
+from .kronecker import Kronecker
+from .kronecker_eigen import KroneckerEigen
 from .low_rank import Diagonal, LowRankPlusDiagonal
 
 
@@ -37,16 +37,14 @@ class Exact:
         _checks.check_choice("norm", self.norm, NORMS)
 
     def fitted(self, factors: Factors, old: Any, /) -> tuple[Any, ...]:
-        """A ⊗ G = (Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)ᵀ of each layer, in one `KroneckerBasis`."""
-        return tuple(_spectrum(layer) if is_dense(layer) else layer for layer in _network.layers(factors).values())
+        """A ⊗ G of each layer as a `KroneckerEigen`."""
+        return tuple(spectrum(layer) if is_dense(layer) else layer for layer in _network.layers(factors).values())
 
     def inverse(self, fitted: tuple[Any, ...], gamma: Scalar, /) -> BlockDiagonal:
         def of(F: Any) -> Any:
             if isinstance(F, LayerFactors):
                 return block_diagonal_inverse(Factors((F,)), gamma, norm=self.norm).blocks[0]
-            eigenvalues = F.weights + _backends.per_member(gamma**2)  # none is less than γ²
-            xp = _backends.namespace_of(eigenvalues)
-            return KroneckerBasis(F.K_A, F.K_B, 1 / xp.where(eigenvalues > 0, eigenvalues, _backends.NAN))
+            return F.shifted(gamma**2).inverse()  # no eigenvalue is less than γ²
 
         return BlockDiagonal(tuple(map(of, fitted)))
 
@@ -79,7 +77,7 @@ class Eigen(Exact):
                 return F
             xp = _backends.namespace_of(S)
             finite = xp.isfinite(xp.sum(S))  # squares of squares overflow before A and G do
-            return KroneckerBasis(F.K_A, F.K_B, xp.where(finite, decay * F.weights + (1 - decay) * S, F.weights))
+            return F.map(lambda s: xp.where(finite, decay * s + (1 - decay) * S, s))
 
         return tuple(of(F, S) for F, S in zip(fitted, squares, strict=True))
 
@@ -88,16 +86,14 @@ def is_dense(layer: LayerFactors) -> bool:
     return not any(isinstance(M, Diagonal | LowRankPlusDiagonal) for M in layer)
 
 
-def _spectrum(layer: LayerFactors) -> KroneckerBasis:
-    (a, Q_A), (g, Q_G) = _backends.each(_backends.eigh, ((side(M).to_dense(),) for M in layer))
-    xp = _backends.namespace_of(a)
-    a, g = (xp.where(s < 0, 0.0, s) for s in (a, g))
-    return KroneckerBasis(Q_A, Q_G, g[..., :, None] * a[..., None, :])
+def spectrum(layer: LayerFactors) -> KroneckerEigen:
+    """A ⊗ G of moments: what rounding leaves below zero is zero."""
+    return Kronecker(layer.A, layer.G).eigh().map(lambda s: _backends.namespace_of(s).where(s < 0, 0.0, s))
 
 
 def _turned(new: Any, old: Any) -> Any:
     """The new basis with the diagonal, in it, of the old matrix."""
     if isinstance(new, LayerFactors):
         return new
-    R_A, R_G = (K.mT @ L for K, L in ((old.K_A, new.K_A), (old.K_B, new.K_B)))
-    return KroneckerBasis(new.K_A, new.K_B, (R_G * R_G).mT @ old.weights @ (R_A * R_A))
+    R_A, R_G = old.Q_A.mT @ new.Q_A, old.Q_B.mT @ new.Q_B
+    return new.map(lambda s: (R_G * R_G).mT @ old.eigenvalues @ (R_A * R_A))

@@ -55,6 +55,7 @@ SIDES = {
 OPERATORS = {
     "Kronecker": lambda b: kl.Kronecker(spd_of(b, n), spd_of(b, m)),
     "KroneckerBasis": lambda b: kl.KroneckerBasis(spd_of(b, n), spd_of(b, m), b.array(np.ones((m, n)))),
+    "KroneckerEigen": lambda b: kl.KroneckerEigen(spd_of(b, n), spd_of(b, m), b.array(np.ones((m, n)))),
     "KroneckerPair": lambda b: kl.KroneckerPair(spd_of(b, n), spd_of(b, m), 0.1 * spd_of(b, n), spd_of(b, m)),
 }
 NETWORKS = {
@@ -254,6 +255,11 @@ def constructors():
             lambda b: {"K_A": spd_of(b, n), "K_B": spd_of(b, m), "weights": b.array(np.ones((m, n)))},
             {"K_A": "array", "K_B": "array", "weights": "array"},
         ),
+        "KroneckerEigen": (
+            lambda b: {"Q_A": spd_of(b, n), "Q_B": spd_of(b, m), "eigenvalues": b.array(np.ones((m, n)))},
+            {"Q_A": "array", "Q_B": "array", "eigenvalues": "array"},
+        ),
+        "DirectSum": (lambda b: {"members": OPERATORS["Kronecker"](b)}, {"members": "object"}),
         "KroneckerPair": (
             lambda b: {"A": spd_of(b, n), "B": spd_of(b, m), "C": spd_of(b, n), "D": spd_of(b, m)},
             dict.fromkeys("ABCD", "array"),

@@ -17,7 +17,13 @@ from benchmarks.operation import Arrays, moved  # noqa: E402
 RECORDS = {"Problem", "Structure", "LinAlgError"}  # and the NamedTuples: they hold, and compute nothing
 BENCHMARKED = {name.split()[0] for name in core.OPERATIONS} | set(steps.OPERATIONS)
 # Eigenvectors have a sign, a subspace many bases, a rank-k correction many forms; `assert_finite` gives nothing.
-NOT_UNIQUE = {"assert_finite", "Kronecker.shifted_inverse", "KroneckerPair.inverse", "exactly_damped_inverse"}
+NOT_UNIQUE = {
+    "assert_finite",
+    "Kronecker.shifted_inverse",
+    "Kronecker.eigh",
+    "KroneckerPair.inverse",
+    "exactly_damped_inverse",
+}
 NOT_UNIQUE |= {"low_rank", "low_rank_plus_diagonal", "low_rank_inverse", "block_tridiagonal_inverse"}
 NOT_UNIQUE |= {"Exact.fitted", "Eigen.fitted", "Exact.inverse", "Eigen.inverse", "Eigen.observed"}
 NOT_UNIQUE |= {"LowRank.inverse", "Tridiagonal.inverse"}

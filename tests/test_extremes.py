@@ -16,6 +16,7 @@ from kfaclinalg import (
     Factors,
     Kronecker,
     KroneckerBasis,
+    KroneckerEigen,
     KroneckerPair,
     LayerFactors,
     Link,
@@ -69,6 +70,9 @@ OPERATORS = {
     ),
     "KroneckerBasis": lambda of: KroneckerBasis(
         of.eye(of.n, 2 * of.p), of.eye(of.m, of.q), of.full(1.5 / (of.p * of.q), of.m, of.n)
+    ),
+    "KroneckerEigen": lambda of: KroneckerEigen(
+        of.eye(of.n, 1.0), of.eye(of.m, 1.0), of.full(6 * of.p * of.q, of.m, of.n)
     ),
     "KroneckerPair": lambda of: KroneckerPair(
         of.eye(of.n, 2 * of.p), of.eye(of.m, 2 * of.q), of.eye(of.n, 4 * of.q), of.eye(of.m, 0.5 * of.p)

@@ -13,6 +13,7 @@ from kfaclinalg import (
     Factors,
     Kronecker,
     KroneckerBasis,
+    KroneckerEigen,
     KroneckerPair,
     LayerFactors,
     Link,
@@ -53,6 +54,8 @@ class Draw:
         yield "Kronecker", Kronecker(A, B), V
         yield "structured", Kronecker(Diagonal(d), LowRankPlusDiagonal(B, abs(V[..., 0]), abs(V[..., 0]) + one)), V
         yield "KroneckerBasis", KroneckerBasis(A, B, w), V
+        Q_A, Q_B = (self.b.array(np.linalg.qr(self.b.numpy(X))[0]) for X in (A, B))
+        yield "KroneckerEigen", KroneckerEigen(Q_A, Q_B, w), V
         yield "KroneckerPair", KroneckerPair(A, B, 0.5 * A, D), V
         yield "Diagonal", Diagonal(d), V.mT
         yield "LowRankPlusDiagonal", LowRankPlusDiagonal(C, d, d), V.mT

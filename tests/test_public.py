@@ -13,7 +13,7 @@ from kfaclinalg import spd
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
-    *("Kronecker", "KroneckerBasis", "KroneckerPair", "BlockDiagonal", "BlockTridiagonalInverse"),
+    *("Kronecker", "KroneckerBasis", "KroneckerEigen", "KroneckerPair", "BlockDiagonal", "BlockTridiagonalInverse"),
     *("block_tridiagonal_inverse", "exactly_damped_inverse"),
     *("LayerFactors", "Link", "Factors", "homogeneous", "batch_factors"),
     *("moving_average", "averaging_decay", "tikhonov_pi", "factored_tikhonov", "block_diagonal_inverse"),
@@ -92,7 +92,10 @@ def test_a_class_shows_an_example(cls):
         "diagonal",
         "low_rank",
         "kronecker",
+        "outer_product",
         "kronecker_basis",
+        "kronecker_eigen",
+        "direct_sum",
         "kronecker_pair",
         "blocks",
         "curvature",

@@ -59,11 +59,11 @@ def test_eigen_has_the_second_moment_of_the_gradients_on_its_diagonal():
     structure = Eigen()
     (Q,) = fitted = structure.fitted(Factors((LAYER,)), None)
     gradients = np.einsum("im,in->imn", G, A)
-    K = np.kron(Q.K_A, Q.K_B)
+    K = np.kron(Q.Q_A, Q.Q_B)
     F = sum(np.outer(v, v) for v in (g.T.reshape(-1) for g in gradients)) / len(A)
-    squares = np.square(Q.K_B.T @ gradients @ Q.K_A).mean(0)
+    squares = np.square(Q.Q_B.T @ gradients @ Q.Q_A).mean(0)
     (seen,) = structure.observed(fitted, [squares], decay=0.0)
-    np.testing.assert_allclose(seen.weights.T.reshape(-1), np.diag(K.T @ F @ K), rtol=1e-12)
+    np.testing.assert_allclose(seen.eigenvalues.T.reshape(-1), np.diag(K.T @ F @ K), rtol=1e-12)
     expected = dense(K @ np.diag(1 / (np.diag(K.T @ F @ K) + 0.2**2)) @ K.T)
     np.testing.assert_allclose((structure.inverse((seen,), 0.2) @ (V,))[0], expected, rtol=1e-12)
 
@@ -72,16 +72,16 @@ def test_eigen_keeps_its_diagonal_when_the_basis_turns():
     structure, other = Eigen(), batch_factors([A[:20]], [G[:20]]).layers[0]
     old = structure.observed(structure.fitted(Factors((LAYER,)), None), [rng.uniform(size=(3, 4))], decay=0.0)
     (new,) = structure.fitted(Factors((other,)), old)
-    K, L = (np.kron(Q.K_A, Q.K_B) for Q in (old[0], new))
-    F = K @ np.diag(old[0].weights.T.reshape(-1)) @ K.T
-    np.testing.assert_allclose(new.weights.T.reshape(-1), np.diag(L.T @ F @ L), rtol=1e-12)
+    K, L = (np.kron(Q.Q_A, Q.Q_B) for Q in (old[0], new))
+    F = K @ np.diag(old[0].eigenvalues.T.reshape(-1)) @ K.T
+    np.testing.assert_allclose(new.eigenvalues.T.reshape(-1), np.diag(L.T @ F @ L), rtol=1e-12)
 
 
 def test_eigen_leaves_out_squares_that_overflowed():
     structure = Eigen()
     fitted = structure.fitted(Factors((LAYER,)), None)
     (seen,) = structure.observed(fitted, [np.full((3, 4), np.inf)], decay=0.5)
-    np.testing.assert_array_equal(seen.weights, fitted[0].weights)
+    np.testing.assert_array_equal(seen.eigenvalues, fitted[0].eigenvalues)
     assert structure.observed(fitted, [None], decay=0.5) == fitted
 
 

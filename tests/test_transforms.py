@@ -17,6 +17,7 @@ from kfaclinalg import (
     Factors,
     Kronecker,
     KroneckerBasis,
+    KroneckerEigen,
     KroneckerPair,
     LayerFactors,
     Link,
@@ -65,6 +66,7 @@ A, B, C, D = definite(N, 8), definite(M, 3), definite(N, 5) / 16, definite(M, 2)
 V, X, shift = normal(M, N), normal(N, 3), rounded(0.5 + np.arange(MEMBERS) / 7)
 K = Kronecker(A, B)
 BASIS = KroneckerBasis(np.eye(N) + normal(N, N) / 8, np.eye(M) + normal(M, M) / 8, 1 + V * V)
+EIGEN = KroneckerEigen(*(np.linalg.qr(normal(k, k))[0] for k in (N, M)), 1 + V * V)
 PAIR = KroneckerPair(A, B, -C, D)
 CHOLESKY = CholeskyInverse(np.linalg.cholesky(A))
 DIAGONAL = Diagonal(1 + normal(N) ** 2)
@@ -108,6 +110,9 @@ DEFINITE = {
     "Kronecker.shifted_inverse": (lambda P, shift, V: P.shifted_inverse(shift) @ V, K, shift, V),
     "Kronecker of structured factors": (solved, STRUCTURED, V),
     "KroneckerBasis.logdet": (lambda P: P.logdet(), BASIS),
+    "Kronecker.eigh": (lambda P, shift, V: P.eigh().shifted(shift).solve(V), K, shift, V),
+    "KroneckerEigen.inverse, solve, logdet": (solved, EIGEN, V),
+    "KroneckerEigen.shifted, power": (lambda P, shift: P.shifted(shift).power(-0.5).to_dense(), EIGEN, shift),
     "KroneckerPair.inverse, solve, logdet": (solved, PAIR, V),
     "KroneckerPair.solve, smith": (lambda P, V: P.solve(V, method="smith"), PAIR, V),
     "Diagonal.inverse, solve, logdet": (solved, DIAGONAL, X),
@@ -130,6 +135,9 @@ PLAIN = {
     "KroneckerBasis @": (lambda P, V: P @ V, BASIS, V),
     "KroneckerBasis.inverse, solve": (lambda P, V: (P.inverse(), P.solve(V)), BASIS, V),
     "KroneckerBasis.trace, diagonal, to_dense": (known, BASIS),
+    "KroneckerEigen @": (lambda P, V: P @ V, EIGEN, V),
+    "KroneckerEigen.trace, diagonal, to_dense": (known, EIGEN),
+    "KroneckerEigen.map": (lambda P, V: P.map(lambda s: s * s) @ V, EIGEN, V),
     "KroneckerPair @": (lambda P, V: P @ V, PAIR, V),
     "KroneckerPair.trace, diagonal, to_dense": (known, PAIR),
     "CholeskyInverse @, solve": (lambda P, X: (P @ X, P.solve(X)), CHOLESKY, X),

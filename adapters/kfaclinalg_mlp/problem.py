@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from kfaclinalg import Factors, KroneckerBasis, batch_factors, inner_products
+from kfaclinalg import Factors, KroneckerEigen, batch_factors, inner_products
 
 from . import checks
 from .activations import Activation
@@ -76,10 +76,10 @@ class MLPProblem:
         self._seen = run.inputs, backward(weights, run, self.likelihood.gradient(z, y))
         return batch_factors(*self._seen, links=links)
 
-    def squared_gradients(self, bases: Sequence[KroneckerBasis]) -> tuple[Any, ...]:
-        """The means of (K_Bᵀ g aᵀ K_A)² over the S1 of `factors`, for the structure "eigen"."""
+    def squared_gradients(self, bases: Sequence[KroneckerEigen]) -> tuple[Any, ...]:
+        """The means of (Q_Bᵀ g aᵀ Q_A)² over the S1 of `factors`, for the structure "eigen"."""
         layers = zip(bases, *self._seen, strict=True)
-        return tuple(((g @ Q.K_B) ** 2).mT @ (a @ Q.K_A) ** 2 / a.shape[0] for Q, a, g in layers)
+        return tuple(((g @ F.Q_B) ** 2).mT @ (a @ F.Q_A) ** 2 / a.shape[0] for F, a, g in layers)
 
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Any:
         """(J d_i)ᵀ F_R (J d_j), mean over S2, from one forward pass and one of tangents a direction (Appendix C).

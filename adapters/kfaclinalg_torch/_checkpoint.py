@@ -20,6 +20,7 @@ from kfaclinalg import (
     KFACState,
     Kronecker,
     KroneckerBasis,
+    KroneckerEigen,
     LayerFactors,
     Link,
     LowRankPlusDiagonal,
@@ -33,7 +34,7 @@ KINDS = {
     kind.__name__: kind
     for kind in (
         *(KFACState, Factors, LayerFactors, Link),
-        *(BlockDiagonal, BlockTridiagonalInverse, Kronecker, KroneckerBasis),
+        *(BlockDiagonal, BlockTridiagonalInverse, Kronecker, KroneckerBasis, KroneckerEigen),
         *(CholeskyInverse, Diagonal, LowRankPlusDiagonal),
     )
 }

@@ -13,7 +13,7 @@ from kfaclinalg import (
     Diagonal,
     Factors,
     Kronecker,
-    KroneckerBasis,
+    KroneckerEigen,
     LayerFactors,
     LinAlgError,
     Link,
@@ -89,7 +89,7 @@ class Inverses:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""
         for name, V in Vs:
             K = self.inverses.get(name)
-            if isinstance(K, Kronecker | KroneckerBasis):
+            if isinstance(K, Kronecker | KroneckerEigen):
                 yield name, K.apply(V)
             else:
                 yield name, V if K is None else K @ V
@@ -107,13 +107,13 @@ class Inverses:
         fits = not self.structure.observes or state["fitted"].keys() == state["inverses"].keys()
         check(fits, "what its inverses are made of is missing")
         for name, F in state["fitted"].items():
-            check(isinstance(F, KroneckerBasis | LayerFactors), f"what the inverse of {name!r} is made of is none")
-            if isinstance(F, KroneckerBasis):
+            check(isinstance(F, KroneckerEigen | LayerFactors), f"what the inverse of {name!r} is made of is none")
+            if isinstance(F, KroneckerEigen):
                 self._check_one(name, F, weights)
 
     def _check_one(self, name: str, inverse: Any, weights: Mapping[str, Tensor]) -> None:
         check(name in weights, f"{name!r} is no layer")
-        check(isinstance(inverse, Kronecker | KroneckerBasis), f"the inverse of {name!r} is none")
+        check(isinstance(inverse, Kronecker | KroneckerEigen), f"the inverse of {name!r} is none")
         came, expected = tuple(inverse.diagonal().shape), tuple(weights[name].shape)
         check(came == expected, f"{name!r} has W of shape {came}, expected {expected}")
 
@@ -170,8 +170,8 @@ def are_finite(tensors: Iterable[Tensor]) -> list[bool]:
 
 def _telling(inverse: Any) -> Tensor:
     """A few numbers of an inverse: where a factorisation failed all of a member is NaN."""
-    if isinstance(inverse, KroneckerBasis):
-        return inverse.weights  # type: ignore[return-value]
+    if isinstance(inverse, KroneckerEigen):
+        return inverse.eigenvalues  # type: ignore[return-value]
     substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
     return inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
 

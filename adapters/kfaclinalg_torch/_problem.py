@@ -113,7 +113,7 @@ class NetworkProblem:
         return Factors(found, cross_moments(self._statistic, chained(layers), 1.0) if links else ())
 
     def squared_gradients(self, bases: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """The means of (K_Bᵀ ∇W K_A)² over the S1 of `factors`, for the structure "eigen"."""
+        """The means of (Q_Bᵀ ∇W Q_A)² over the S1 of `factors`, for the structure "eigen"."""
         pairs = zip(self._moments, bases, strict=True)
         return tuple(mean_squares(self._statistic, layer, F, M, 1.0) for (layer, M), F in pairs)
 

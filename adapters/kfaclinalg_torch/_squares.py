@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from kfaclinalg import KroneckerBasis, LayerFactors
+from kfaclinalg import Diagonal, KroneckerEigen, LayerFactors
 
 from ._blocks import Dense
 from ._layer import Layer
@@ -18,39 +19,63 @@ BUFFER = 2**22  # entries of the gradients of single examples at once
 
 
 def mean_squares(statistic: Statistic, layer: Layer, F: Any, moments: LayerFactors, scale: float) -> Tensor | None:
-    """The mean over the examples of (K_Gᵀ ∇W K_A)², elementwise, ∇W being the gradient of one: (..., m, n).
+    """The mean over the examples of (Q_Gᵀ ∇W Q_A)², elementwise, ∇W being the gradient of one: (..., m, n).
 
     Where the examples are not seen one at a time (normalisations, tied weights) it is what A ⊗ G says of it. None
     without a basis F, or without examples.
     """
-    if not isinstance(F, KroneckerBasis):
+    if not isinstance(F, KroneckerEigen):
         return None
     if layer.dense is None:
-        a, g = (((M @ K) * K).sum(-2) for M, K in zip(moments, (F.K_A, F.K_B), strict=True))
+        a, g = (((M @ K) * K).sum(-2) for M, K in zip(moments, (F.Q_A, F.Q_B), strict=True))
         return g[..., :, None] * a[..., None, :]
-    squares = scale**2 * squared_gradients(statistic, layer.dense, F.K_A, F.K_B)  # type: ignore[arg-type]
+    summed = squared_gradients(statistic, layer.dense, F.Q_A, F.Q_B)
+    squares = scale**2 * (F.eigenvalues.new_zeros(F.eigenvalues.shape) if summed is None else summed)  # type: ignore[attr-defined]
     (squares,), (N,) = over_processes([squares], [statistic.examples])
     return squares / N if N else None
 
 
-def squared_gradients(statistic: Statistic, block: Dense, K_A: Tensor, K_G: Tensor) -> Tensor:
-    """Σ (K_Gᵀ ∇W K_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n)."""
-    total = K_A.new_zeros(*K_A.shape[:-2], K_G.shape[-1], K_A.shape[-1])
-    for pairs in statistic.uses.values():
-        if (rows := rows_of(statistic, block, pairs)) is not None:  # of all positions that an example's gradient sums
+def squared_gradients(statistic: Statistic, block: Dense, Q_A: Any, Q_G: Any) -> Tensor | None:
+    """Σ (Q_Gᵀ ∇W Q_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n)."""
+    total: Any = None
+    for draws in _by_pass(statistic):
+        a: Any = None
+        alone: Any = None  # Σ of the squares of g over the draws, of examples with one position each
+        for pairs in draws:
+            if (rows := rows_of(statistic, block, pairs)) is None:
+                continue
             rows = rows.reduced() if statistic.sharing[block.name] == "reduce" else rows
-            total = total + _summed_squares(_projected(rows.a, K_A), _projected(rows.g, K_G))
+            a = projected(rows.a, Q_A) if a is None else a
+            g = projected(rows.g, Q_G)
+            if a.shape[-2] == 1:
+                alone = _plus(alone, g[..., 0, :].square())
+            else:
+                total = _plus(total, _summed_squares(a, g))
+        if alone is not None:
+            total = _plus(total, alone.mT @ a[..., 0, :].square())
     return total
 
 
-def _projected(x: Tensor, K: Tensor) -> Tensor:
-    """x K for rows x (N, R, ..., n): (..., N, R, n)."""
-    return x @ K if K.ndim == 2 else x.movedim(2, 0) @ K[:, None]
+def projected(x: Tensor, Q: Any) -> Tensor:
+    """x Q for rows x (N, R, ..., n): (..., N, R, n); the identity is a `Diagonal`."""
+    if isinstance(Q, Diagonal):
+        return x
+    return x @ Q if Q.ndim == 2 else x.movedim(2, 0) @ Q[:, None]
 
 
-def _summed_squares(a: Tensor, g: Tensor) -> Tensor:
-    if a.shape[-2] == 1:
-        return g[..., 0, :].square().mT @ a[..., 0, :].square()
+def _by_pass(statistic: Statistic) -> Iterable[list[Any]]:
+    """What each pass showed, by the draws of its targets."""
+    passes: dict[int, list[Any]] = {}
+    for (number, _), pairs in statistic.uses.items():
+        passes.setdefault(number, []).append(pairs)
+    return passes.values()
+
+
+def _plus(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
+
+
+def _summed_squares(a: Tensor, g: Tensor) -> Any:
     at_once = max(1, BUFFER // (a.shape[-1] * g.shape[-1]))
     chunks = zip(a.split(at_once, -3), g.split(at_once, -3), strict=True)
     return sum((g.mT @ a).square().sum(-3) for a, g in chunks)

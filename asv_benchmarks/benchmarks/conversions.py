@@ -6,14 +6,15 @@ from array_api_compat import device, to_device
 from kfaclinalg import Dense, Diagonal, LowRankPlusDiagonal
 
 from .dense import factor
-from .network_by_hand import blocks, tridiagonal
+from .network_by_hand import blocks, members, tridiagonal
 from .operation import Operation
-from .operators import basis, layer, outer, pair
+from .operators import basis, eigen, layer, outer, pair
 
 OPERATORS = {  # each with what it acts on
     "OuterProduct": lambda new, n: outer(new, n)[::-1],
     "Kronecker": layer,
     "KroneckerBasis": basis,
+    "KroneckerEigen": eigen,
     "KroneckerPair": pair,
     "CholeskyInverse": lambda new, n: (factor(new, n)[0], new.matrix(n, 1)),
     "Dense": lambda new, n: (Dense(new.spd(n)), new.matrix(n, 1)),
@@ -23,6 +24,7 @@ OPERATORS = {  # each with what it acts on
         new.matrix(n, 1),
     ),
     "BlockDiagonal": blocks,
+    "DirectSum": members,
     "BlockTridiagonalInverse": tridiagonal,
 }
 ONE = {"sizes": (256,), "dtypes": ("float32",), "mode": "eager"}
@@ -40,7 +42,7 @@ def arrays(x):
 
 def stacked(V):
     """vec(V), or those of a tuple."""
-    return np.concatenate([X.T.reshape(-1) for X in (V if isinstance(V, tuple) else (V,))])
+    return np.concatenate([X.mT.reshape(-1) for X in (V if isinstance(V, tuple) else (V,))])
 
 
 def with_vector(P, V):

@@ -100,6 +100,7 @@ OPERATIONS = {
         lambda new, n: (Dense(new.spd(n)), new.matrix(n, n)),
         {
             "__matmul__": (lambda P, X: P @ X, lambda by, P, X: P.M @ X),
+            "gram": (lambda P, X: P.gram(X, X), lambda by, P, X: X.mT @ (P.M @ X)),
             "apply": (lambda P, X: P.apply(X), lambda by, P, X: P.M @ X),
             "apply_right": (lambda P, X: P.apply_right(X), lambda by, P, X: X @ P.M.mT),
             "inverse": (lambda P, X: P.inverse(), lambda by, P, X: by.inverse(P.M)),
@@ -122,6 +123,10 @@ OPERATIONS = {
         factor,
         {
             "__matmul__": (lambda P, X: P @ X, lambda by, P, X: by.substitution(P.L, by.substitution(P.L, X), trans=1)),
+            "gram": (
+                lambda P, X: P.gram(X, X),
+                lambda by, P, X: X.mT @ by.substitution(P.L, by.substitution(P.L, X), trans=1),
+            ),
             "apply": (
                 lambda P, X: P.apply(X),
                 lambda by, P, X: by.substitution(P.L, by.substitution(P.L, X), trans=1),
@@ -150,6 +155,7 @@ OPERATIONS = {
         lambda new, n: (Diagonal(new.positive(n)), new.matrix(n, n)),
         {
             "__matmul__": (lambda D, X: D @ X, lambda by, D, X: D.d[:, None] * X),
+            "gram": (lambda P, X: P.gram(X, X), lambda by, P, X: X.mT @ (P.d[:, None] * X)),
             "apply": (lambda D, X: D.apply(X), lambda by, D, X: D.d[:, None] * X),
             "apply_right": (lambda D, X: D.apply_right(X), lambda by, D, X: X * D.d),
             "shifted": (lambda D, X: D.shifted(1.0), lambda by, D, X: D.d + 1.0),
@@ -172,6 +178,10 @@ OPERATIONS = {
             "__matmul__": (
                 lambda M, X: M @ X,
                 lambda by, M, X: M.U @ (M.s[:, None] * (M.U.mT @ X)) + M.d[:, None] * X,
+            ),
+            "gram": (
+                lambda P, X: P.gram(X, X),
+                lambda by, P, X: X.mT @ (P.U @ (P.s[:, None] * (P.U.mT @ X)) + P.d[:, None] * X),
             ),
             "apply": (
                 lambda M, X: M.apply(X),

@@ -103,8 +103,8 @@ OPERATIONS = {
             "Exact.inverse": (lambda F: kf.Exact().inverse(F, net.GAMMA), net.shifted_reciprocals),
             "Eigen.inverse": (lambda F: kf.Eigen().inverse(F, net.GAMMA), net.shifted_reciprocals),
             "Eigen.observed": (
-                lambda F: kf.Eigen().observed(F, [Q.weights for Q in F], decay=net.DECAY),
-                lambda by, F: [net.DECAY * Q.weights + (1 - net.DECAY) * Q.weights for Q in F],
+                lambda F: kf.Eigen().observed(F, [Q.eigenvalues for Q in F], decay=net.DECAY),
+                lambda by, F: [net.DECAY * Q.eigenvalues + (1 - net.DECAY) * Q.eigenvalues for Q in F],
             ),
         },
         **SIZES,
@@ -126,6 +126,34 @@ OPERATIONS = {
         },
         **SIZES,
     ),
+    "BlockDiagonal.gram": Operation(
+        net.batches, lambda P, Us: P.gram(Us, Us), net.total(lambda by, P, U: net.gram(U, P.B @ U @ P.A.mT)), **SIZES
+    ),
+    **operations(
+        "DirectSum.",
+        net.members,
+        {
+            "__matmul__": (lambda P, V: P @ V, lambda by, P, V: P.members.B @ V @ P.members.A.mT),
+            "apply": (lambda P, V: P.apply(V), lambda by, P, V: P.members.B @ V @ P.members.A.mT),
+            "trace": (
+                lambda P, V: P.trace(),
+                lambda by, P, V: (net.traces(P.members.A) * net.traces(P.members.B)).sum(),
+            ),
+            "diagonal": (lambda P, V: P.diagonal(), net.outer_diagonals),
+            "inverse": (
+                lambda P, V: P.inverse().members,
+                lambda by, P, V: [by.la.inv(M) for M in (P.members.A, P.members.B)],
+            ),
+            "solve": (lambda P, V: P.solve(V), lambda by, P, V: by.la.inv(P.members.B) @ V @ by.la.inv(P.members.A)),
+            "logdet": (lambda P, V: P.logdet(), net.logdets),
+            "gram": (
+                lambda P, V: P.gram(V[None], V[None]),
+                lambda by, P, V: net.gram(V[None], P.members.B @ V @ P.members.A.mT),
+            ),
+        },
+        sizes=(8, 32),
+    ),
+    "DirectSum.to_dense": Operation(net.members, lambda P, V: P.to_dense(), net.dense_members, sizes=(4, 8)),
     "BlockDiagonal.to_dense": Operation(net.blocks, lambda P, Vs: P.to_dense(), net.dense_blocks, sizes=(8, 16)),
     **operations(
         "BlockTridiagonalInverse.",
@@ -135,6 +163,12 @@ OPERATIONS = {
             "apply": (lambda P, Vs: P.apply(Vs), net.sweeps),
             "logdet": (lambda P, Vs: P.logdet(), net.tridiagonal_logdet),
         },
+        **SIZES,
+    ),
+    "BlockTridiagonalInverse.gram": Operation(
+        lambda new, n: (net.tridiagonal(new, n)[0], net.batches(new, n)[1]),
+        lambda P, Us: P.gram(Us, Us),
+        lambda by, P, Us: sum(net.gram(U, W) for U, W in zip(Us, net.sweeps(by, P, Us), strict=True)),
         **SIZES,
     ),
     "BlockTridiagonalInverse.to_dense": Operation(

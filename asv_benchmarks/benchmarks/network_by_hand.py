@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import numpy as np
+
 import kfaclinalg as kf
 
 from .dense import subspace
@@ -33,6 +35,45 @@ def blocks(new, n):
 
 def tridiagonal(new, n):
     return kf.block_tridiagonal_inverse(factors(new, n), GAMMA), matrices(new, n)
+
+
+def batches(new, n):
+    """What a quadratic form takes: eight of each matrix."""
+    return blocks(new, n)[0], tuple(new.matrix(8, n // 2, n) for _ in range(LAYERS))
+
+
+def gram(U, V):
+    return U.reshape(len(U), -1) @ V.reshape(len(U), -1).mT
+
+
+def members(new, n):
+    """A batch of operators, of which `DirectSum` makes one."""
+    A, B = ([new.spd(d) for _ in range(8)] for d in (n, n // 2))
+    return kf.DirectSum(kf.Kronecker(np.stack(A), np.stack(B))), new.matrix(8, n // 2, n)
+
+
+def diagonals(M):
+    i = range(M.shape[-1])
+    return M[:, i, i]
+
+
+def traces(M):
+    return diagonals(M).sum(-1)
+
+
+def outer_diagonals(by, P, V):
+    return diagonals(P.members.B)[:, :, None] * diagonals(P.members.A)[:, None, :]
+
+
+def logdets(by, P, V):
+    (m, n), logs = P.members.shape, [by.xp.log(diagonals(by.la.cholesky(M))).sum() for M in (P.members.A, P.members.B)]
+    return 2 * (m * logs[0] + n * logs[1])
+
+
+def dense_members(by, P, V):
+    blocks = [by.xp.kron(A, B) for A, B in zip(P.members.A, P.members.B, strict=True)]
+    rows = [[K if i == j else by.xp.zeros_like(K) for j in range(len(blocks))] for i, K in enumerate(blocks)]
+    return by.xp.concatenate([by.xp.concatenate(row, 1) for row in rows], 0)
 
 
 def each(f):
@@ -67,7 +108,7 @@ def spectra(by, F):
 
 
 def shifted_reciprocals(by, F):
-    return [1 / (Q.weights + GAMMA**2) for Q in F]
+    return [1 / (Q.eigenvalues + GAMMA**2) for Q in F]
 
 
 def conditional(by, M, above, X):

@@ -1,12 +1,13 @@
-"""Operators of one layer: `Kronecker`, `KroneckerBasis`, `KroneckerPair`, `OuterProduct`."""
+"""Operators of one layer: `Kronecker`, `KroneckerBasis`, `KroneckerEigen`, `KroneckerPair`, `OuterProduct`."""
 
-from kfaclinalg import Kronecker, KroneckerBasis, KroneckerPair, OuterProduct
+from kfaclinalg import Kronecker, KroneckerBasis, KroneckerEigen, KroneckerPair, OuterProduct
 
 from .dense import root
 from .operation import Operation, operations
 
 SQUARINGS = 4  # of the Smith iteration, enough for these pairs
 EXAMPLES = 32
+QUERIES = 8
 EIGENVALUES = {"sizes": (64, 256, 512)}
 SMALL = {"sizes": (8, 16, 32)}  # of what holds (m n)² entries
 
@@ -22,6 +23,24 @@ def outer(new, n):
 
 def basis(new, n):
     return KroneckerBasis(new.spd(n), new.spd(n // 2), new.positive(n // 2, n)), new.matrix(n // 2, n)
+
+
+def eigen(new, n):
+    """With bases that are not orthogonal: the products take as long."""
+    return KroneckerEigen(new.spd(n), new.spd(n // 2), new.positive(n // 2, n)), new.matrix(n // 2, n)
+
+
+def gradients(new, n, count, rows=1):
+    return OuterProduct(new.matrix(count, n // 2, rows), new.matrix(count, n, rows))
+
+
+def with_gradients(make):
+    """Few queries and many examples, each of one row g aᵀ."""
+    return lambda new, n: (make(new, n)[0], gradients(new, n, QUERIES), gradients(new, n, EXAMPLES))
+
+
+def flat(V):
+    return (V.L * V.R.mT).reshape(len(V.L), -1)
 
 
 def pair(new, n):
@@ -49,11 +68,30 @@ def basis_dense(by, P, V):
     return (K * P.weights.mT.reshape(-1)) @ K.mT
 
 
+def eigen_dense(by, P, V):
+    Q = by.xp.kron(P.Q_A, P.Q_B)
+    return (Q * P.eigenvalues.mT.reshape(-1)) @ Q.mT
+
+
+def by_square(x):
+    return x * x
+
+
 def diagonalised(by, M, N):
     """K and s with Kᵀ M K = I, Kᵀ N K = diag(s)."""
     L = by.cholesky(M)
     s, E = by.eigh(by.substitution(L, by.substitution(L, N).mT))
     return by.substitution(L, E, trans=1), s
+
+
+def gram_in_basis(K_A, K_B, weights, U, V):
+    x, y = (((W.L[..., 0] @ K_B)[:, :, None] * (W.R[..., 0] @ K_A)[:, None, :]) for W in (U, V))
+    return x.reshape(len(x), -1) @ (weights * y).reshape(len(y), -1).mT
+
+
+def products_gram(A, B, U, V):
+    """(g_iᵀ B g_j)(a_iᵀ A a_j)."""
+    return (U.L[..., 0] @ (V.L[..., 0] @ B.mT).mT) * (U.R[..., 0] @ (V.R[..., 0] @ A.mT).mT)
 
 
 def pair_inverse(by, P, V):
@@ -110,6 +148,7 @@ OPERATIONS = {
         {
             "inverse_root": (lambda P, V: P.inverse_root(2), lambda by, P, V: (root(by, P.A), root(by, P.B))),
             "shifted_inverse": (lambda P, V: P.shifted_inverse(0.1), shifted_inverse),
+            "eigh": (lambda P, V: P.eigh(), lambda by, P, V: (by.eigh(P.A), by.eigh(P.B))),
         },
         **EIGENVALUES,
     ),
@@ -148,6 +187,60 @@ OPERATIONS = {
         },
     ),
     **operations(
+        "KroneckerEigen.",
+        eigen,
+        {
+            "__matmul__": (lambda P, V: P @ V, lambda by, P, V: in_basis(P.Q_A, P.Q_B, P.eigenvalues, V)),
+            "apply": (lambda P, V: P.apply(V), lambda by, P, V: in_basis(P.Q_A, P.Q_B, P.eigenvalues, V)),
+            "solve": (lambda P, V: P.solve(V), lambda by, P, V: in_basis(P.Q_A, P.Q_B, 1 / P.eigenvalues, V)),
+            "diagonal": (
+                lambda P, V: P.diagonal(),
+                lambda by, P, V: (P.Q_B * P.Q_B) @ P.eigenvalues @ (P.Q_A * P.Q_A).mT,
+            ),
+            "inverse": (lambda P, V: P.inverse().eigenvalues, lambda by, P, V: 1 / P.eigenvalues),
+            "shifted": (lambda P, V: P.shifted(0.1).eigenvalues, lambda by, P, V: P.eigenvalues + 0.1),
+            "power": (lambda P, V: P.power(-0.5).eigenvalues, lambda by, P, V: P.eigenvalues**-0.5),
+            "map": (lambda P, V: P.map(by_square).eigenvalues, lambda by, P, V: P.eigenvalues * P.eigenvalues),
+            "logdet": (lambda P, V: P.logdet(), lambda by, P, V: by.xp.log(P.eigenvalues).sum()),
+            "trace": (lambda P, V: P.trace(), lambda by, P, V: P.eigenvalues.sum()),
+        },
+    ),
+    **operations(
+        "",
+        with_gradients(layer),
+        {"Kronecker.gram": (lambda P, U, V: P.gram(U, V), lambda by, P, U, V: products_gram(P.A, P.B, U, V))},
+    ),
+    **operations(
+        "",
+        with_gradients(basis),
+        {
+            "KroneckerBasis.gram": (
+                lambda P, U, V: P.gram(U, V),
+                lambda by, P, U, V: gram_in_basis(P.K_A, P.K_B, P.weights, U, V),
+            )
+        },
+    ),
+    **operations(
+        "",
+        with_gradients(eigen),
+        {
+            "KroneckerEigen.gram": (
+                lambda P, U, V: P.gram(U, V),
+                lambda by, P, U, V: gram_in_basis(P.Q_A, P.Q_B, P.eigenvalues, U, V),
+            )
+        },
+    ),
+    **operations(
+        "",
+        with_gradients(pair),
+        {
+            "KroneckerPair.gram": (
+                lambda P, U, V: P.gram(U, V),
+                lambda by, P, U, V: products_gram(P.A, P.B, U, V) + products_gram(P.C, P.D, U, V),
+            )
+        },
+    ),
+    **operations(
         "KroneckerPair.",
         pair,
         {
@@ -170,6 +263,7 @@ OPERATIONS = {
     ),
     "Kronecker.to_dense": Operation(layer, lambda P, V: P.to_dense(), lambda by, P, V: by.xp.kron(P.A, P.B), **SMALL),
     "KroneckerBasis.to_dense": Operation(basis, lambda P, V: P.to_dense(), basis_dense, **SMALL),
+    "KroneckerEigen.to_dense": Operation(eigen, lambda P, V: P.to_dense(), eigen_dense, **SMALL),
     "KroneckerPair.to_dense": Operation(
         pair, lambda P, V: P.to_dense(), lambda by, P, V: by.xp.kron(P.A, P.B) + by.xp.kron(P.C, P.D), **SMALL
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import array_api_compat
@@ -76,10 +77,10 @@ def dtype_name(dtype: DType) -> str:
 def linear_operator(
     operator: object,
     arrays: Sequence[Array],
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, ...]],
     apply: Callable[[tuple[Any, ...]], Iterable[Any]],
 ) -> Any:
-    """`apply`, which takes a tuple of matrices (..., *shape), as an operator of SciPy on their stacked vecs."""
+    """`apply`, of a tuple of arrays (..., *shape), as an operator of SciPy on the stacked vecs of their matrices."""
     from scipy.sparse.linalg import LinearOperator
 
     if not all(isinstance(x, np.ndarray) for x in arrays):
@@ -87,13 +88,12 @@ def linear_operator(
     dtype = arrays[0].dtype
     if [U.shape for U in apply(tuple(np.zeros(shape, dtype) for shape in shapes))] != list(shapes):
         raise ValueError(f"SciPy takes one operator, got a batch of them: {operator!r}")
-    ends = list(accumulate((m * n for m, n in shapes), initial=0))
+    ends = list(accumulate(map(prod, shapes), initial=0))
 
     def matmat(X: Any) -> Any:  # each column of X is a member of a batch of V
         rows = np.asarray(X).astype(dtype, casting="same_kind", copy=False).T
         pieces = zip(pairwise(ends), shapes, strict=True)
-        Vs = tuple(rows[:, start:stop].reshape(len(rows), n, m).mT for (start, stop), (m, n) in pieces)
-        Us = zip(apply(Vs), shapes, strict=True)
-        return np.concat([U.mT.reshape(len(rows), m * n) for U, (m, n) in Us], axis=1).T
+        Vs = tuple(rows[:, i:j].reshape(len(rows), *batch, n, m).mT for (i, j), (*batch, m, n) in pieces)
+        return np.concat([U.mT.reshape(len(rows), -1) for U in apply(Vs)], axis=1).T
 
     return LinearOperator((ends[-1], ends[-1]), matvec=lambda x: matmat(x.reshape(-1, 1)), matmat=matmat, dtype=dtype)
