@@ -22,7 +22,7 @@ def table():
 
 RANKS = table()
 OWN = {
-    "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm"},
+    "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm", "scipy", "laplace"},
     "kfaclinalg_mlp": {"array_api_compat", "kfaclinalg"},
 }
 

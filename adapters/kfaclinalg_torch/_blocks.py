@@ -67,6 +67,10 @@ class Block(ABC):
     def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         """Σ g gᵀ over all examples and positions; g is zero where a position does not count."""
 
+    def gradients(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        """∇W (N, ..., m, n) of each example, from what one use has shown; g is zero where a position does not count."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what the gradient of one example is")
+
 
 class Rows(Block):
     """A block whose weights act on rows, so that the reduce setting applies to it."""
@@ -113,6 +117,9 @@ class Dense(Rows):
 
     def pooled_moment(self, a: Tensor) -> Tensor:
         return second_moment(a)
+
+    def gradients(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        return torch.einsum("nr...i,nr...j->n...ij", self.outputs(x, g, N), self.inputs(x, N))
 
 
 def second_moment(x: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ class Embedding(Rows):
     def pooled_moment(self, a: Tensor) -> Tensor:
         return a.square().sum(0)
 
+    def gradients(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        s, index = self.outputs(x, g, N), x.reshape(N, -1, 1)
+        return s.new_zeros(N, *self.weight.shape).scatter_add_(1, index.expand(s.shape), s).mT
+
     def _counts(self, x: Tensor, N: int, mask: Mask) -> Tensor:
         """How often each index came in each example (N, n)."""
         V, x = self.weight.shape[0], x.reshape(N, -1)

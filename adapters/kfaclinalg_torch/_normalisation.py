@@ -52,9 +52,11 @@ class Scale(Block):
         return x.new_full((self.scale.numel(), 1, 1), N), N
 
     def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
+        return second_moment(self.gradients(x, g, N)[..., 0])
+
+    def gradients(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         scales, shifts = (self._by_channel(t, N).sum(1) for t in (g * x, g))
-        v = torch.stack([scales, shifts][: len(self.parameters)], dim=-1)  # (N, channels, 2)
-        return second_moment(v)
+        return torch.stack([scales, shifts][: len(self.parameters)], dim=-1)[..., None]  # (N, channels, 2, 1)
 
     def _by_channel(self, x: Tensor, N: int) -> Tensor:
         """(N, R, channels)."""

@@ -114,10 +114,7 @@ class Statistic:
                 self._fold(block)
                 none = [M.to(self.dtype) for M in block.empty_moments()]
                 self._sum(block, none[0], 0, none[1])
-        for (block, *_, draw), (a, g, positions) in self._pooled.items():
-            pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
-            self._sum(block, pooled, count, second_moment(g))
-        self._pooled = {}
+        self._unpool()
         blocks = sorted(self.sums, key=lambda block: block.name)
         sums = [self.sums[block] for block in blocks]
         moments, numbers = over_processes(
@@ -137,6 +134,21 @@ class Statistic:
             found[block.name] = Held(a, rows * (scale * (len(a) / self.examples) ** 0.5))
         return dict(sorted(found.items()))
 
+    def settle(self, device: torch.device | None = None) -> None:
+        """Keep the sums alone, on this device where one is given: what was shown so far is complete."""
+        for block in list(self._rows):
+            self._fold(block)
+        self._unpool()
+        self.uses = {}
+        if device is not None:
+            self.sums = {block: Sums(_to(A, device), rows, _to(G, device)) for block, (A, rows, G) in self.sums.items()}
+
+    def _unpool(self) -> None:
+        for (block, *_, draw), (a, g, positions) in self._pooled.items():
+            pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
+            self._sum(block, pooled, count, second_moment(g))
+        self._pooled = {}
+
     def _holds(self, use: Use, g: Tensor) -> bool:
         """Whether its rows wait for the average."""
         if not isinstance(use.block, Dense) or use.mask is not None or self.keep or use.block in self.blocks:
@@ -153,8 +165,10 @@ class Statistic:
             self._sum(block, *block.input_moment(x, N), block.output_moment(x, s, N))
 
     def _sum(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
-        old = self.sums.get(block)
-        self.sums[block] = Sums(A, rows, G) if old is None else Sums(old.A + A, old.rows + rows, old.G + G)
+        if old := self.sums.get(block):
+            device = old.G.device
+            A, rows, G = old.A + _to(A, device), old.rows + rows, old.G + _to(G, device)
+        self.sums[block] = Sums(A, rows, G)
 
     def _pool(self, key: Any, pooled: tuple[Tensor, Any], g: Tensor) -> None:
         a, positions = pooled
@@ -168,6 +182,10 @@ def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
         return block.pooled_moment(a / positions), len(a)
     a = a / spread(positions.clamp(min=1), a.ndim)
     return block.pooled_moment(a), int((positions > 0).sum())
+
+
+def _to(M: Any, device: torch.device) -> Any:
+    return M.to(device) if isinstance(M, Tensor) else M
 
 
 def _as_side(M: Tensor) -> Any:

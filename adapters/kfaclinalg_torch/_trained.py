@@ -29,6 +29,7 @@ class Trained:
         self.model, self.linked, self.fallback = model, linked, fallback
         self.weight_sharing = weight_sharing
         self.gone: dict[str, str] = {}  # layers that turned out to be none
+        self.who = "KFAC"  # in a warning
         self.probed = False
         self.trusted: set[nn.Module] = set()  # whose pass was compared with the formula of its rule
         sharing_of(weight_sharing, found.layers)
@@ -82,7 +83,7 @@ class Trained:
             before = self.found
             self.take(before.without(self.model, gone, self.fallback))
             self.gone |= {layer.name: why for layer, why in gone.items()}
-            warnings.warn(f"KFAC {self.found.message(before)}", stacklevel=6)
+            warnings.warn(f"{self.who} {self.found.message(before)}", stacklevel=6)
 
 
 def _always(use: Any) -> bool:

@@ -1,0 +1,169 @@
+"""The curvature of a model over a data set: means of A and G in one pass, EKFAC's eigenvalues in a second one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
+
+from ._curvature import Curvature
+from ._entries import Entries
+from ._layer import Layer
+from ._likelihoods import Likelihood
+from ._links import chained, cross_moments
+from ._passes import Data, Passes, is_pair
+from ._processes import over_processes
+from ._spectra import spectra_of
+from ._squares import squared_gradients
+from ._statistics import Statistic
+from ._use import Use
+
+
+def fit_curvature(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    loader: Data,
+    *,
+    structure: Any = "block-diagonal",
+    estimator: Any = "exact",
+    offload: torch.device | str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Curvature:
+    """The `Curvature` of a trained model: A = E[a aᵀ] and G = E[g gᵀ] of each layer as means over a data set.
+
+    One pass over the data, in evaluation mode; for "eigen" a second one, for the mean squares of the gradients along
+    the eigenvectors (EKFAC, George et al. 2018), of which nothing is kept but their sum. With the exact and the
+    empirical estimator the result does not depend on the size or the order of the batches, but for rounding. What no
+    rule knows is seen one example at a time. Under `torch.distributed` each process brings its share of the data, and
+    all get the same.
+
+    Args:
+        model, likelihood, structure, estimator: as of `KFACPreconditioner`; the empirical Fisher is of the targets of
+            the loader and the likelihood's loss.
+        loader: gives pairs (inputs, targets), the batch first; "eigen" goes through it twice. A single pair is one
+            batch.
+        offload: where the sums are kept, "cpu" for example; None: on the device of the model.
+        progress: whether to show a progress bar, where tqdm is installed.
+        options: `layers`, `fallback`, `weight_sharing`, `outputs`, `skip`, `generator`, `factor_dtype` as of
+            `KFACPreconditioner`; `mask`, a function of the model's inputs; `chunk_size`, examples at once.
+
+    Raises:
+        TypeError, ValueError: a wrong option, an empty loader, or nothing that has a curvature. The model is as it was.
+
+    >>> model, x = nn.Linear(2, 3), torch.ones(4, 2)
+    >>> curvature = fit_curvature(model, "categorical", [(x, torch.zeros(4, dtype=torch.int64))], progress=False)
+    >>> curvature.layers[""].A.shape, float(curvature.shifted(1.0).logdet()) > 0
+    (torch.Size([3, 3]), True)
+    """
+    passes = Passes(model, likelihood, structure=structure, estimator=estimator, **options)
+    twice = passes.structure.observes or passes.structure.linked
+    if twice and iter(loader) is loader:
+        raise TypeError(f"loader is a {type(loader).__name__}, of one pass, and {structure!r} takes two: give a list")
+    device = None if offload is None else torch.device(offload)
+    state = passes.generator.get_state()
+    with passes.open(), torch.no_grad():
+        factors, examples = _moments(passes, watched(loader, progress, "A and G"), device)
+        passes.generator.set_state(state)  # the same targets again
+        eigen = None
+        if passes.structure.linked:
+            factors = factors._replace(links=_links(passes, watched(loader, progress, "links")))
+        if passes.structure.observes:
+            eigen = _corrected(passes, watched(loader, progress, "eigenvalues"), spectra_of(factors))
+    return Curvature(passes, factors, examples, eigen)
+
+
+class _Kept(Statistic):
+    """The uses alone, of which more than A and G is made."""
+
+    def add(self, use: Use, g: Tensor, draw: int = 0) -> None:
+        self.saw(use.of)
+        self.uses.setdefault((use.of.number, draw), []).append((use, g))
+
+
+def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple[Factors, int]:
+    """A and G of each layer, and of how many examples they are the means."""
+    probe = True
+    together, alone = _statistics(passes)
+    for piece in passes.pieces(loader):
+        if probe:  # what a first pass shows to be no layer
+            passes.settle(piece)
+            (together, alone), probe = _statistics(passes), False
+        if together.all:
+            passes.take(together, piece)
+        for _, single in piece.chunks(1 if alone.all else len(piece)):
+            if alone.all:  # the square of the gradient of one example is seen where it is alone
+                passes.take(alone, single)
+        for statistic in (together, alone):
+            statistic.settle(device)
+    found: dict[str, Any] = {**together.moments(1.0), **alone.moments(1.0)}
+    layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
+    _, (N,) = over_processes([layers[0].G.diagonal()], [max(together.examples, alone.examples)])
+    return Factors(layers), N
+
+
+def _statistics(passes: Passes) -> tuple[Statistic, Statistic]:
+    """That of the blocks that show every example, and that of the others."""
+    blocks, sharing = passes.trained.found.blocks, passes.trained.sharing
+    alone = [block for block in blocks if isinstance(block, Entries)]
+    seen = [block for block in blocks if not isinstance(block, Entries)]
+    return Statistic(seen, sharing, passes.dtype, False), Statistic(alone, sharing, passes.dtype, False)
+
+
+def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) -> tuple[KroneckerEigen, ...]:
+    """The eigenvalues of each layer that shows its examples become the mean squares along its eigenvectors."""
+    dense = {layer: F for layer, F in zip(passes.layers, spectra, strict=True) if layer.dense is not None}
+    sums, N = {layer: F.eigenvalues.new_zeros(F.eigenvalues.shape) for layer, F in dense.items()}, 0  # type: ignore[attr-defined]
+    for piece in passes.pieces(loader):
+        kept = _kept(passes, dense)
+        passes.take(kept, piece)
+        N += kept.examples
+        for layer, F in dense.items():
+            squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
+            if squares is not None:
+                sums[layer] += squares.to(sums[layer].device)
+    summed, (N,) = over_processes(list(sums.values()), [N])
+    means = dict(zip(sums, (S / N for S in summed), strict=True))
+    pairs = zip(passes.layers, spectra, strict=True)
+    return tuple(KroneckerEigen(F.Q_A, F.Q_B, means[layer]) if layer in means else F for layer, F in pairs)
+
+
+def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
+    """E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] of neighbouring layers."""
+    chain = chained(passes.layers)
+    total: tuple[Link, ...] = ()
+    N = 0
+    for piece in passes.pieces(loader):
+        kept = _kept(passes, chain)
+        passes.take(kept, piece)
+        new = [Link(kept.examples * A, kept.examples * G) for A, G in cross_moments(kept, chain, 1.0)]
+        total = tuple(map(_sum, total, new)) if total else tuple(new)
+        N += kept.examples
+    return tuple(Link(link.A / N, link.G / N) for link in total)
+
+
+def _sum(one: Link, other: Link) -> Link:
+    return Link(one.A + other.A, one.G + other.G)
+
+
+def _kept(passes: Passes, layers: Iterable[Layer]) -> Statistic:
+    return _Kept([layer.blocks[0] for layer in layers], passes.trained.sharing, passes.dtype, True)
+
+
+def _none(layer: Layer, dtype: torch.dtype) -> LayerFactors:
+    """Those of a layer that no example has reached."""
+    return LayerFactors(*(Diagonal(M.to(dtype)) if M.ndim == 1 else M.to(dtype) for M in layer.empty_moments()))
+
+
+def watched(loader: Any, progress: bool, what: str) -> Any:
+    """With a progress bar, where it is wanted and tqdm is there."""
+    if not progress or find_spec("tqdm") is None:
+        return loader
+    from tqdm import tqdm
+
+    return loader if is_pair(loader) else tqdm(loader, desc=what, leave=False)

@@ -1,0 +1,72 @@
+"""The factors as laplace-torch takes them, a parameter at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._curvature import Curvature
+from ._embedding import Embedding
+from ._fit import fit_curvature
+from ._linear import Linear
+from ._normalisation import Scale
+
+LIKELIHOODS = {"classification": "categorical", "regression": "gaussian"}
+
+
+def laplace_backend(**options: Any) -> type:
+    """A class that `laplace.Laplace(..., backend=...)` takes for its Kronecker-factored curvature.
+
+    Its `kron(x, y, N)` is that of `fit_curvature` with these options, "exact" unless told otherwise; all else is of
+    laplace-torch's own generalised Gauss-Newton interface. It takes the weight and the bias of a layer apart, as all
+    backends of laplace-torch do: `fit_curvature` itself keeps them together.
+
+    Raises:
+        ImportError: laplace-torch is not installed.
+    """
+    from laplace.curvature import GGNInterface
+    from laplace.utils import Kron
+
+    class KFACBackend(GGNInterface):
+        def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Any]:
+            likelihood = LIKELIHOODS[str(getattr(self.likelihood, "value", self.likelihood))]
+            curvature = fit_curvature(self.model, likelihood, (x, y), progress=False, **options)
+            M = len(y)
+            # The mean of A over the data and the sum of G: what is added up over the batches.
+            factors = [[M * f[0], *(M / N * A for A in f[1:])] for f in kronecker_factors(curvature)]
+            with torch.no_grad():
+                loss = self.factor * self.lossfunc(self.model(x), y)
+            return loss, Kron(factors)
+
+    return KFACBackend
+
+
+def kronecker_factors(curvature: Curvature) -> list[list[Tensor]]:
+    """[G, A] of each weight and [G] of each bias, in the order of the model's parameters.
+
+    Raises:
+        ValueError: a parameter is of no single layer that has them.
+    """
+    passes = curvature._passes
+    found: dict[Tensor, list[Tensor]] = {}
+    for layer, pair in zip(passes.layers, curvature.factors.layers, strict=True):
+        A, G = (M.to_dense() if hasattr(M, "to_dense") else M for M in pair)
+        weight, *bias = layer.parameters
+        if isinstance(layer.blocks[0], Scale):
+            found |= {p: [torch.diag(G[:, i, i])] for i, p in enumerate(layer.parameters)}
+        elif isinstance(layer.blocks[0], Embedding):
+            found[weight] = [A, G]
+        elif (
+            layer.dense is not None
+            and A.ndim == 2
+            and getattr(layer.dense, "whole", not isinstance(layer.dense, Linear))
+        ):
+            n = len(A) - len(bias)
+            found[weight] = [G, A[:n, :n]]
+            found |= {p: [G * A[-1, -1]] for p in bias}
+    trained = [(name, p) for name, p in passes.model.named_parameters() if p.requires_grad]
+    if missing := [name for name, p in trained if p not in found]:
+        raise ValueError(f"laplace-torch takes two factors of each weight, expected no {', '.join(missing)}")
+    return [found[p] for _, p in trained]

@@ -1,0 +1,125 @@
+"""The exact Fisher matrix of a model and a data set by products alone, for conjugate gradients and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ._batch import Batch
+from ._likelihoods import Likelihood, masked
+from ._masks import mask_of
+from ._network import Matrices
+from ._passes import Data, Passes
+from ._settings import tensor_of
+
+
+class FisherOperator:
+    """F = E[Jᵀ F_R J], the Fisher matrix, which is the generalised Gauss-Newton matrix here, without forming it.
+
+    What Hessian-free optimisation (Martens 2010) multiplies by, and what K-FAC approximates: `Curvature.inverse` is a
+    preconditioner for it. A product is one forward-mode and one reverse-mode pass over the data. It acts on
+    Vs as `Curvature.pack` gives them; the options are those of `fit_curvature`.
+
+    Raises:
+        TypeError, ValueError: a wrong option; in a product an empty loader, or matrices of other shapes.
+
+    >>> model, x = nn.Linear(1, 1, bias=False), torch.full((4, 1), 2.0)
+    >>> FisherOperator(model, "gaussian", [(x, x)]) @ (torch.ones(1, 1),)
+    (tensor([[4.]]),)
+    """
+
+    def __init__(self, model: nn.Module, likelihood: str | Likelihood, loader: Data, **options: Any) -> None:
+        self._passes, self.loader = Passes(model, likelihood, **options), loader
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of the Vs."""
+        return [tuple(W.shape) for W in self._passes.trained.network.weights()]
+
+    def apply(self, Vs: Sequence[Tensor], /) -> Matrices:
+        """F Vs, as `@`."""
+        if (came := [tuple(V.shape) for V in Vs]) != self.shapes:
+            raise ValueError(f"Vs have shapes {came}, expected {self.shapes}")
+        network = self._passes.trained.network
+        tangents = network.by_name(network.parameters(tuple(Vs)))
+
+        def product(likelihood: Any, f: Callable[..., Tensor], values: Any, outputs: Tensor, piece: Batch) -> Tensor:
+            pushed: Any = jvp(f, (values,), (tangents,))
+            Jv = pushed[1]
+            return likelihood(outputs).fisher_product(outputs, Jv)
+
+        return self._pulled(product)
+
+    __matmul__ = apply
+
+    def gradient(self) -> Matrices:
+        """∇h of the mean loss over the data, shaped like the weights."""
+
+        def slope(likelihood: Any, f: Any, values: Any, outputs: Tensor, piece: Batch) -> Tensor:
+            z = outputs.detach().requires_grad_()
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(likelihood(z).loss(z, piece.targets), z)
+            return piece.counted * g.to(z)
+
+        return self._pulled(slope)
+
+    def as_scipy(self, damping: float = 0.0) -> Any:
+        """F + damping I as a scipy.sparse.linalg.LinearOperator on the stacked vec(V_i), on the host."""
+        from scipy.sparse.linalg import LinearOperator
+
+        size, dtype = sum(torch.Size(shape).numel() for shape in self.shapes), self._passes.dtype
+
+        def matvec(x: Any) -> Any:
+            Vs = self.split(torch.as_tensor(x, dtype=dtype, device=self._passes.device).reshape(-1))
+            return damping * x.reshape(-1) + self.stacked(self.apply(Vs)).cpu().numpy()
+
+        return LinearOperator((size, size), matvec=matvec, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+
+    def stacked(self, Vs: Sequence[Tensor]) -> Tensor:
+        """The columns of all matrices in one vector."""
+        return torch.cat([V.mT.reshape(-1) for V in Vs])
+
+    def split(self, x: Tensor) -> Matrices:
+        """The inverse of `stacked`."""
+        parts = x.split([torch.Size(shape).numel() for shape in self.shapes])
+        return tuple(v.reshape(*s[:-2], s[-1], s[-2]).mT for v, s in zip(parts, self.shapes, strict=True))
+
+    def _pulled(self, at_outputs: Callable[..., Tensor]) -> Matrices:
+        """The mean over the examples of Jᵀ times what is given at the outputs."""
+        passes, total, N = self._passes, None, 0
+        network = passes.trained.network
+        values = network.by_name(network.parameters(network.weights()))
+        for piece, f, likelihood in self._functions():
+            pulled: Any = vjp(f, values)
+            outputs, pull = pulled
+            with torch.no_grad():
+                v = at_outputs(likelihood, f, values, outputs.detach(), piece)
+            (slopes,) = pull(v)
+            new = network.matrices({p: slopes[name] for p, name in network.names.items()})
+            total = new if total is None else tuple(map(torch.add, total, new))
+            N += piece.counted
+        return tuple(V.detach() / N for V in total or ())
+
+    def _functions(self) -> Iterator[tuple[Batch, Callable[..., Tensor], Callable[[Tensor], Likelihood]]]:
+        """For each piece of the data the outputs as a function of the parameters, and their likelihood."""
+        passes, model = self._passes, self._passes.model
+        with passes.evaluated(), sdpa_kernel(SDPBackend.MATH):
+            for piece in passes.pieces(self.loader):
+                masks: list[Any] = [None]
+
+                def call(values: Any, *args: Any, masks: Any = masks, **kwargs: Any) -> Any:
+                    masks[0] = mask_of(passes.mask, args, kwargs)
+                    return functional_call(model, values, args, kwargs)
+
+                def f(values: Any, piece: Batch = piece, call: Any = call) -> Tensor:
+                    return tensor_of(passes.outputs, piece.call(lambda *a, **k: call(values, *a, **k)))  # type: ignore[arg-type]
+
+                def likelihood(outputs: Tensor, masks: Any = masks) -> Likelihood:
+                    return masked(passes.likelihood, masks[0], outputs)
+
+                yield piece, f, likelihood

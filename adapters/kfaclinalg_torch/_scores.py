@@ -1,0 +1,74 @@
+"""What gradients of single examples say with the inverse curvature: influence scores, variances of the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfaclinalg import KroneckerEigen
+
+from ._estimators import cotangent
+from ._forms import by_layer, example_forms, inner
+from ._likelihoods import Likelihood
+from ._passes import Passes, is_pair
+
+
+def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries: Any, examples: Any) -> Tensor:
+    """(q, N): the queries' gradients are preconditioned once, those of the examples come a batch at a time."""
+    with passes.open(), torch.no_grad():
+        rows: list[list[Tensor]] = [
+            [P @ V for P, V in zip(inverses, gradients, strict=True)]
+            for piece in passes.pieces(queries, "queries")
+            for gradients in by_layer(passes, piece, _of_the_loss)
+        ]
+        preconditioned = [torch.cat(layer) for layer in zip(*rows, strict=True)]
+        columns: list[Any] = []
+        for piece in passes.pieces(examples, "examples"):
+            for gradients in by_layer(passes, piece, _of_the_loss):
+                columns.append(sum(inner(U, V) for U, V in zip(preconditioned, gradients, strict=True)))
+    return torch.cat(columns, 1)
+
+
+def self_scores(passes: Passes, inverses: Sequence[KroneckerEigen], examples: Any) -> Tensor:
+    """(N,)."""
+    found: list[Any] = []
+    with passes.open(), torch.no_grad():
+        for piece in passes.pieces(examples, "examples"):
+            for gradients in by_layer(passes, piece, _of_the_loss):
+                found.append(sum(example_forms(P, [V])[:, 0, 0] for P, V in zip(inverses, gradients, strict=True)))
+    return torch.cat(found)
+
+
+def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -> Tensor:
+    """(N, K, K), from one backward pass for each of the K outputs of an example."""
+    loader = inputs if not isinstance(inputs, Tensor | tuple | dict) else [inputs]
+    found: list[Any] = []
+    with passes.open(), torch.no_grad():
+        for batch in loader:
+            N = len(torch.utils._pytree.tree_leaves(batch)[0])
+            pair = batch if is_pair(batch) else (batch, torch.zeros(N, device=passes.device))
+            for piece in passes.pieces(pair, "inputs"):
+                columns = list(by_layer(passes, piece, _of_each_output))
+                found.append(
+                    sum(
+                        example_forms(P, column) for P, column in zip(inverses, zip(*columns, strict=True), strict=True)
+                    )
+                )
+    return torch.cat(found)
+
+
+def _of_the_loss(likelihood: Likelihood, outputs: Tensor, piece: Any) -> Iterator[Tensor]:
+    if check := getattr(likelihood, "check", None):
+        check(outputs, piece.targets)
+    yield cotangent(likelihood, outputs, piece.targets)
+
+
+def _of_each_output(likelihood: Likelihood, outputs: Tensor, piece: Any) -> Iterator[Tensor]:
+    flat = torch.zeros_like(outputs).reshape(len(outputs), -1)
+    for k in range(flat.shape[1]):
+        column = flat.clone()
+        column[:, k] = 1.0
+        yield column.reshape(outputs.shape)

@@ -1,0 +1,368 @@
+"""`fit_curvature` and `Curvature` against dense Fisher matrices, Jacobians and gradients by torch.func, in float64."""
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
+
+from kfaclinalg import KroneckerEigen, Tridiagonal, testing
+from kfaclinalg_torch import Empirical, FisherOperator, Sampled, fit_curvature, load_curvature
+
+EPS, N, K = torch.finfo(torch.float64).eps, 20, 4
+pytestmark = pytest.mark.filterwarnings("ignore:fit_curvature takes the diagonal")
+
+
+class Everything(nn.Module):
+    """A convolution, a grouped one, a normalisation, a linear layer and a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 6, 2, groups=3)
+        self.norm, self.last, self.scale = nn.LayerNorm(12), nn.Linear(24, K), nn.Parameter(torch.ones(K))
+
+    def forward(self, x):
+        h = torch.tanh(self.grouped(torch.tanh(self.first(x)))).flatten(1)[:, :24]
+        return self.last(torch.cat([self.norm(h[:, :12]), h[:, 12:]], 1)) * self.scale
+
+
+class Words(nn.Module):
+    """An embedding, summed over positions with a linear layer that is used at each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Embedding(7, 5), nn.Linear(5, 6), nn.Linear(6, K)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.mix(self.embed(x))).sum(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, K))
+
+
+MODELS = {
+    "mlp": (mlp, lambda: torch.randn(N, 5)),
+    "everything": (Everything, lambda: torch.randn(N, 1, 6, 6)),
+    "words": (Words, lambda: torch.randint(7, (N, 3))),
+}
+
+
+class Case:
+    def __init__(self, name, dtype=torch.float64):
+        make, inputs = MODELS[name]
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            self.model, self.x, self.y = make(), inputs(), torch.randint(K, (N,))
+        finally:
+            torch.set_default_dtype(before)
+        self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def loader(self, size=N):
+        return list(zip(self.x.split(size), self.y.split(size), strict=True))
+
+    def fit(self, size=N, **options):
+        return fit_curvature(self.model, "categorical", self.loader(size), progress=False, **options)
+
+    def outputs(self, parameters, x):
+        return functional_call(self.model, parameters, (x[None],))[0]
+
+    def loss(self, parameters, x, y):
+        return nn.functional.cross_entropy(self.outputs(parameters, x)[None], y[None])
+
+    def gradients(self, curvature):
+        """(N, entries), in the order of the stacked vecs."""
+        found = vmap(grad(self.loss), (None, 0, 0))(self.parameters, self.x, self.y)
+        return torch.stack([flat(curvature, {k: g[i] for k, g in found.items()}) for i in range(N)])
+
+    def jacobians(self, curvature):
+        """(N, K, entries)."""
+        found = vmap(jacrev(self.outputs), (None, 0))(self.parameters, self.x)
+        return torch.stack(
+            [
+                torch.stack([flat(curvature, {name: J[i, k] for name, J in found.items()}) for k in range(K)])
+                for i in range(N)
+            ]
+        )
+
+    def fisher(self, curvature):
+        J, p = self.jacobians(curvature), torch.softmax(self.model(self.x).detach(), -1)
+        F_R = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        return (J.mT @ F_R @ J).mean(0)
+
+
+def eye(n, dtype=torch.float64):
+    return torch.eye(n, dtype=dtype)
+
+
+def flat(curvature, tensors):
+    return torch.cat([V.mT.flatten() for V in curvature.pack(tensors)])
+
+
+def close(computed, expected, condition=1.0):
+    error = torch.linalg.vector_norm(computed - expected) / torch.linalg.vector_norm(expected)
+    assert float(error) <= testing.C * 200 * condition * EPS  # n = 200 or so entries, and rows, enter each sum
+
+
+every_model = pytest.mark.parametrize("name", MODELS)
+both = pytest.mark.parametrize("structure", ["block-diagonal", "eigen"])
+
+
+def test_one_example_of_one_layer_is_its_exact_fisher():
+    """A ⊗ G is exact where all inputs are the same, and EKFAC's diagonal is that of the Fisher in the eigenbasis."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, K).double(), torch.randn(1, 4, dtype=torch.float64)
+    curvature = fit_curvature(model, "categorical", (x, torch.zeros(1, dtype=torch.int64)), progress=False)
+    a, p = torch.cat([x[0], torch.ones(1)]), torch.softmax(model(x)[0], 0).detach()
+    close(curvature.operator.to_dense(), torch.kron(torch.outer(a, a), torch.diag(p) - torch.outer(p, p)))
+
+
+def test_the_eigenvalues_of_ekfac_are_the_diagonal_of_the_exact_fisher_in_its_basis():
+    case = Case("mlp")
+    curvature = case.fit(size=7, structure="eigen")
+    F, start = case.fisher(curvature), 0
+    for block in curvature.eigen:
+        Q = block.map(torch.ones_like)
+        m, n = block.shape
+        part = F[start : start + m * n, start : start + m * n]
+        K_ = torch.kron(Q.Q_A, Q.Q_B)
+        close(block.eigenvalues.mT.flatten(), torch.diagonal(K_.mT @ part @ K_))
+        start += m * n
+
+
+@every_model
+@both
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_batches_of_any_size_and_chunks_give_the_same(name, structure, estimator):
+    case = Case(name)
+    one = case.fit(structure=structure, estimator=estimator)
+    for options in ({"size": 1}, {"size": 7}, {"size": 7, "chunk_size": 2, "offload": "cpu"}):
+        other = case.fit(structure=structure, estimator=estimator, **options)
+        for layer, same in zip(one.factors.layers, other.factors.layers, strict=True):
+            for M, same_M in zip(layer, same, strict=True):
+                assert float((M.diagonal() - same_M.diagonal()).abs().max() / M.diagonal().abs().max()) <= 1e-14
+        F, G = one.operator.to_dense(), other.operator.to_dense()
+        # the eigenvectors of EKFAC turn by rounding over the gaps of their eigenvalues
+        assert float((F - G).abs().max() / F.abs().max()) <= (1e-14 if structure == "block-diagonal" else 1e-12)
+
+
+@every_model
+@both
+def test_what_is_asked_of_the_shifted_operator(name, structure):
+    case = Case(name)
+    curvature = case.fit(structure=structure)
+    F = curvature.operator.to_dense()
+    P = curvature.shifted(0.1, scale=3.0)
+    assert len(P.blocks) == len(curvature.layers)
+    close(P.to_dense(), 3 * F + 0.1 * eye(len(F)))
+    condition = float(torch.linalg.cond(P.to_dense()))
+    close(P.logdet(), torch.logdet(P.to_dense()), condition)
+    deltas = torch.arange(1.0, len(P.blocks) + 1, dtype=torch.float64)
+    each = curvature.shifted(list(deltas.tolist())).trace() - curvature.operator.trace()
+    close(each, sum(d * block.diagonal().numel() for d, block in zip(deltas, P.blocks, strict=True)))
+
+
+@every_model
+@both
+def test_scores_are_those_of_dense_gradients(name, structure):
+    case = Case(name)
+    curvature = case.fit(structure=structure)
+    g, F = case.gradients(curvature), curvature.operator.to_dense()
+    P = torch.linalg.inv(F + 0.3 * eye(len(F)))
+    condition = float(torch.linalg.cond(P))
+    close(curvature.scores((case.x[:5], case.y[:5]), case.loader(7), damping=0.3), g[:5] @ P @ g.mT, condition)
+    close(curvature.self_scores(case.loader(7), damping=0.3), torch.einsum("ni,ij,nj->n", g, P, g), condition)
+    mean = [0.1 * block.trace() / block.diagonal().numel() for block in curvature.operator.blocks]
+    usual = curvature.scores(case.loader(), case.loader())
+    close(usual, curvature.scores(case.loader(), case.loader(), damping=[float(d) for d in mean]), 1e3)
+
+
+@every_model
+@both
+def test_variances_are_those_of_the_jacobian(name, structure):
+    case = Case(name)
+    curvature = case.fit(structure=structure)
+    J, P = case.jacobians(curvature), curvature.shifted(0.1, scale=2.0).to_dense()
+    expected = J @ torch.linalg.inv(P) @ J.mT
+    close(curvature.variances(case.x, delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
+    close(curvature.variances(list(case.x.split(7)), delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
+
+
+def test_samples_have_the_inverse_as_their_covariance():
+    case = Case("mlp")
+    curvature, generator = case.fit(), torch.Generator().manual_seed(0)
+    P, count = curvature.shifted(0.5).to_dense(), 4000
+    center = flat(curvature, case.parameters)
+    drawn = [flat(curvature, curvature.sample(generator, delta=0.5)) - center for _ in range(count)]
+    z = torch.stack(drawn) @ torch.linalg.cholesky(P)  # of unit covariance
+    error = torch.linalg.matrix_norm(z.mT @ z / count - eye(len(P)))
+    assert float(error) <= 1.3 * len(P) / count**0.5  # E‖S - I‖² = d (d + 1) / count
+    same = curvature.sample(torch.Generator().manual_seed(3))
+    assert all(torch.equal(same[k], x) for k, x in curvature.sample(torch.Generator().manual_seed(3)).items())
+
+
+@every_model
+def test_packing_and_unpacking_undo_each_other(name):
+    case = Case(name)
+    curvature = case.fit()
+    back = curvature.unpack(curvature.pack(case.parameters))
+    assert back.keys() == case.parameters.keys()
+    assert all(torch.equal(back[k], x) for k, x in case.parameters.items())
+
+
+@both
+def test_projections_split_the_space(structure):
+    curvature = Case("everything").fit(structure=structure)
+    top, low = (curvature.projection(part, 0.5).to_dense() for part in ("top", "low"))
+    close(top + low, eye(len(top), dtype=torch.float64))
+    close(top @ top, top)
+    F = curvature.operator.to_dense()
+    assert float(torch.trace(top @ F)) >= 0.5 * float(torch.trace(F))
+    assert float(torch.trace(low)) > float(torch.trace(top))
+
+
+@every_model
+@both
+def test_it_is_saved_and_loaded(name, structure, tmp_path):
+    case = Case(name)
+    curvature = case.fit(structure=structure)
+    curvature.save(tmp_path / "curvature.pt")
+    loaded = load_curvature(tmp_path / "curvature.pt", case.model, "categorical", structure=structure)
+    assert torch.equal(loaded.operator.to_dense(), curvature.operator.to_dense())
+    assert loaded.examples == N
+    assert torch.equal(loaded.scores(case.loader(), case.loader()), curvature.scores(case.loader(), case.loader()))
+    with pytest.raises(ValueError, match="the state was made with layers"):
+        load_curvature(tmp_path / "curvature.pt", nn.Linear(2, 2).double(), "categorical", structure=structure)
+    other = "eigen" if structure == "block-diagonal" else "block-diagonal"
+    with pytest.raises(ValueError, match="the state was made with structure"):
+        load_curvature(tmp_path / "curvature.pt", case.model, "categorical", structure=other)
+
+
+def test_the_gradient_of_the_evidence_in_delta_passes_through():
+    curvature = Case("mlp").fit()
+    delta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    curvature.shifted(delta, scale=float(N)).logdet().backward()
+    P = N * curvature.operator.to_dense() + 0.7 * eye(64)
+    close(delta.grad, torch.trace(torch.linalg.inv(P)), float(torch.linalg.cond(P)))
+
+
+def test_a_mask_leaves_positions_out():
+    case = Case("words")
+    x = torch.cat([case.x, torch.full((N, 2), 6)], 1)
+
+    class Masked(Words):
+        def forward(self, x):
+            keep = (torch.arange(x.shape[1]) < 3)[None, :, None]
+            return self.last((torch.tanh(self.mix(self.embed(x))) * keep).sum(1))
+
+    model = Masked().double()
+    model.load_state_dict(case.model.state_dict())
+    counts = lambda x: (torch.arange(x.shape[1]) < 3).expand(x.shape)  # noqa: E731
+    masked = fit_curvature(model, "categorical", (x, case.y), mask=counts, progress=False)
+    close(masked.operator.to_dense(), case.fit().operator.to_dense())
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, K)).double()
+    x, before = torch.randn(N, 5).double(), {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    curvature = fit_curvature(
+        model, "categorical", (x, torch.randint(K, (N,), generator=torch.Generator())), progress=False
+    )
+    curvature.variances(x)
+    assert model.training
+    assert model[2].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model[0]._forward_hooks
+    assert all(p.grad is None for p in model.parameters())
+    assert state.shape == torch.get_rng_state().shape
+
+
+def test_sampled_targets_agree_on_average_and_repeat():
+    case = Case("mlp")
+    exact = case.fit().layers["2"].G
+    one, two = (
+        case.fit(estimator=Sampled(2000), generator=torch.Generator().manual_seed(0)).layers["2"].G for _ in "ab"
+    )
+    assert torch.equal(one, two)
+    assert float(torch.linalg.matrix_norm(one - exact) / torch.linalg.matrix_norm(exact)) < 0.05
+
+
+@every_model
+def test_products_with_the_exact_fisher_and_the_gradient(name):
+    case = Case(name)
+    F, curvature = FisherOperator(case.model, "categorical", case.loader(7)), case.fit()
+    v = torch.randn(
+        len(flat(curvature, case.parameters)), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    close(F.stacked(F @ F.split(v)), case.fisher(curvature) @ v)
+    close(F.stacked(F.gradient()), case.gradients(curvature).mean(0))
+    np.testing.assert_allclose(F.as_scipy(0.5) @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
+
+
+@pytest.mark.parametrize("structure", ["block-diagonal", Tridiagonal(), "eigen"], ids=str)
+def test_kfac_preconditions_conjugate_gradients(structure):
+    """Hessian-free with SciPy's cg: fewer iterations with F̆⁻¹ and F̂⁻¹ than without, and the same minimiser."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, K)).double()
+    x = torch.randn(400, 12, dtype=torch.float64) * torch.logspace(1, 0, 12, dtype=torch.float64)
+    data, damping = [(x, x[:, :K].abs().argmax(1))], 1e-4
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), data[0][1]).backward()
+        optimizer.step()
+    F = FisherOperator(model, "categorical", data)
+    curvature = fit_curvature(model, "categorical", data, structure=structure, progress=False)
+    system, b = F.as_scipy(damping), F.stacked(F.gradient()).numpy()
+    inverse = curvature.inverse(damping**0.5).to_namespace(np).as_scipy()
+    counts, solutions = [], []
+    for M in (None, inverse):
+        steps = []
+        solution, failed = scipy.sparse.linalg.cg(system, b, M=M, rtol=1e-8, callback=steps.append, maxiter=2000)
+        assert not failed
+        counts.append(len(steps))
+        solutions.append(solution)
+    assert counts[1] < 0.7 * counts[0], counts
+    np.testing.assert_allclose(*solutions, atol=1e-5 * np.linalg.norm(solutions[0]))
+
+
+def test_mistakes_are_refused():
+    case = Case("mlp")
+    curvature = case.fit()
+    for loader, error, what in (
+        ([], ValueError, "loader is empty"),
+        ([case.x], TypeError, r"loader gives a Tensor, expected pairs"),
+        (iter(case.loader()), None, ""),
+    ):
+        if error:
+            with pytest.raises(error, match=what):
+                fit_curvature(case.model, "categorical", loader, progress=False)
+    with pytest.raises(TypeError, match="of one pass"):
+        fit_curvature(case.model, "categorical", iter(case.loader()), structure="eigen", progress=False)
+    for delta, what in ((0.0, "delta is 0.0"), (-1, "delta is -1"), ([1.0], "delta has 1 items"), ("a", "delta")):
+        with pytest.raises(ValueError, match=what):
+            curvature.shifted(delta)
+    with pytest.raises(ValueError, match=r"delta is 0, expected a number > 0"):
+        curvature.scores(case.loader(), case.loader(), damping=0)
+    with pytest.raises(ValueError, match="queries is empty"):
+        curvature.scores([], case.loader())
+    with pytest.raises((ValueError, RuntimeError)):
+        curvature.scores((case.x[:, :3], case.y), case.loader())
+    with pytest.raises(ValueError, match=r"tensors lack 2\.bias"):
+        curvature.pack({k: v for k, v in case.parameters.items() if k != "2.bias"})
+    with pytest.raises(ValueError, match=r"'0\.bias' has shape"):
+        curvature.pack(case.parameters | {"0.bias": torch.ones(2)})
+    with pytest.raises(ValueError, match="Vs have shapes"):
+        curvature.unpack([torch.ones(2, 2)])
+    with pytest.raises(ValueError, match="expected one of"):
+        curvature.projection("middle")
+    with pytest.raises(TypeError, match="mask is a Tensor, expected a function"):
+        case.fit(mask=torch.ones(N, dtype=torch.bool))
+    with pytest.raises(ValueError, match="Vs have shapes"):
+        FisherOperator(case.model, "categorical", case.loader()) @ (torch.ones(2, 2),)
+    assert isinstance(curvature.eigen[0], KroneckerEigen)
+    assert fit_curvature(case.model, "categorical", case.loader(), estimator=Empirical(), progress=True).examples == N
