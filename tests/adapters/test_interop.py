@@ -1,0 +1,175 @@
+"""Agreement with curvlinops, laplace-torch and kronfluence, where they are installed (the extra `interop`), in float64.
+
+The networks have a linear layer and a convolution, and a normalisation and an embedding where the other takes them.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from kfaclinalg_torch import fit_curvature, laplace_backend
+
+N, K, TOLERANCE = 24, 3, 1e-10
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden, self.last = nn.Conv2d(1, 2, 3), nn.Linear(32, 5), nn.Linear(5, K)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.hidden(torch.tanh(self.conv(x)).flatten(1))))
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield Convolutional().eval(), torch.randn(N, 1, 6, 6), torch.randint(K, (N,))
+    torch.set_default_dtype(before)
+
+
+def agree(x, y):
+    assert float(torch.linalg.vector_norm(x - y)) <= TOLERANCE * float(torch.linalg.vector_norm(y))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_factors_of_curvlinops(case, estimator):
+    curvlinops = pytest.importorskip("curvlinops")
+    model, x, y = case
+    kind = curvlinops.FisherType.TYPE2 if estimator == "exact" else curvlinops.FisherType.EMPIRICAL
+    loss, parameters = nn.CrossEntropyLoss(), list(model.parameters())
+    options = {"fisher_type": kind, "check_deterministic": False, "separate_weight_and_bias": False}
+    theirs = curvlinops.KFACLinearOperator(model, loss, parameters, [(x, y)], **options)
+    ours = fit_curvature(model, "categorical", [(x, y)], estimator=estimator, progress=False)
+    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    product = dict(zip(tangents, theirs @ list(tangents.values()), strict=True))
+    mine = ours.unpack(ours.operator @ ours.pack(tangents))
+    for name in tangents:
+        agree(mine[name], product[name])
+    agree(ours.operator.trace(), torch.as_tensor(theirs.trace))
+    agree(sum(block.trace() for block in ours.eigen), torch.as_tensor(theirs.trace))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_eigenvalues_of_curvlinops(case, estimator):
+    curvlinops = pytest.importorskip("curvlinops")
+    model, x, y = case
+    kind = curvlinops.FisherType.TYPE2 if estimator == "exact" else curvlinops.FisherType.EMPIRICAL
+    options = {"fisher_type": kind, "check_deterministic": False, "separate_weight_and_bias": False}
+    parameters = list(model.parameters())
+    theirs = curvlinops.EKFACLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(x, y)], **options)
+    ours = fit_curvature(model, "categorical", [(x, y)], estimator=estimator, structure="eigen", progress=False)
+    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    product = dict(zip(tangents, theirs @ list(tangents.values()), strict=True))
+    mine = ours.unpack(ours.operator @ ours.pack(tangents))
+    for name in tangents:
+        agree(mine[name], product[name])
+
+
+@pytest.fixture
+def laplace():
+    return pytest.importorskip("laplace")
+
+
+def kron_laplace(laplace, case, backend, batch):
+    model, x, y = case
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch)
+    la = laplace.Laplace(
+        model, "classification", subset_of_weights="all", hessian_structure="kron", backend=backend, prior_precision=0.7
+    )
+    la.fit(loader, progress_bar=False)
+    return la
+
+
+@pytest.mark.parametrize("batch", [N, 7])
+def test_laplace_takes_the_backend(laplace, case, batch):
+    from laplace.curvature import CurvlinopsGGN
+
+    _, x, _ = case
+    ours = kron_laplace(laplace, case, laplace_backend(), batch)
+    try:
+        theirs = kron_laplace(laplace, case, CurvlinopsGGN, batch)
+    except Exception as error:  # curvlinops 3 took away what laplace-torch 0.3 calls
+        pytest.skip(f"laplace-torch's own backend does not run here: {error!r}")
+    agree(ours.posterior_precision.logdet(), theirs.posterior_precision.logdet())
+    agree(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
+    agree(ours(x[:5]), theirs(x[:5]))
+
+
+def test_the_posterior_is_that_of_laplace(laplace, case):
+    """Its Kronecker products with our factors, biases apart: logdet, J P⁻¹ Jᵀ and samples from the same P."""
+    from kfaclinalg import BlockDiagonal, Kronecker
+    from kfaclinalg_torch._laplace import kronecker_factors
+
+    model, x, y = case
+    la = kron_laplace(laplace, case, laplace_backend(), N)
+    curvature = fit_curvature(model, "categorical", [(x, y)], progress=False)
+    blocks = []
+    for G, *A in kronecker_factors(curvature):
+        side = A[0] if A else torch.eye(1)
+        blocks.append(Kronecker(side, G).eigh().map(lambda s: N * s.clamp(min=0)).shifted(0.7))
+    P = BlockDiagonal(tuple(blocks))
+    agree(la.posterior_precision.logdet(), P.logdet())
+    J, _ = la.backend.jacobians(x[:5])
+    variance = la.functional_variance(J)
+    # their vec has the rows of W one after the other
+    ps = [p.reshape(len(p), -1) for p in model.parameters()]
+    parts = J.split([p.numel() for p in ps], -1)
+    mine = 0
+    for part, p, block in zip(parts, ps, P.blocks, strict=True):
+        U = part.reshape(-1, *p.shape)
+        gram = block.inverse().gram(U, U).reshape(5, K, 5, K)
+        mine = mine + torch.stack([gram[i, :, i] for i in range(5)])
+    agree(mine, variance)
+
+
+def test_scores_of_kronfluence(case, tmp_path):
+    pytest.importorskip("kronfluence")
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    model, x, y = case
+
+    class OurTask(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self):
+            return ["conv", "hidden", "last"]
+
+    curvature = fit_curvature(model, "categorical", [(x, y)], structure="eigen", estimator="empirical", progress=False)
+    ours = curvature.scores((x[:5], y[:5]), (x, y))
+    alone = curvature.self_scores((x, y))
+    data = torch.utils.data.TensorDataset(x, y)
+    task = OurTask()
+    analyzer = Analyzer("test", prepare_model(model, task), task, output_dir=str(tmp_path), disable_tqdm=True, cpu=True)
+    everywhere = {"amp_dtype": None}
+    names = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+    factor_args = FactorArguments(
+        strategy="ekfac",
+        use_empirical_fisher=True,
+        **{f"{name}_dtype": torch.float64 for name in names},
+        **everywhere,
+    )
+    analyzer.fit_all_factors("f", data, per_device_batch_size=N, factor_args=factor_args, overwrite_output_dir=True)
+    score_args = ScoreArguments(
+        damping_factor=None,
+        per_sample_gradient_dtype=torch.float64,
+        precondition_dtype=torch.float64,
+        score_dtype=torch.float64,
+    )
+    analyzer.compute_pairwise_scores(
+        "s", "f", query_dataset=torch.utils.data.Subset(data, range(5)), train_dataset=data,
+        per_device_query_batch_size=5, per_device_train_batch_size=N, score_args=score_args, overwrite_output_dir=True,
+    )  # fmt: skip
+    agree(ours, analyzer.load_pairwise_scores("s")["all_modules"])
+    analyzer.compute_self_scores("self", "f", train_dataset=data, per_device_train_batch_size=N,
+                                 score_args=score_args, overwrite_output_dir=True)  # fmt: skip
+    agree(alone, analyzer.load_self_scores("self")["all_modules"])
