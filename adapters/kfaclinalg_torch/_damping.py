@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import Diagonal, KroneckerBasis, LayerFactors
+from kfaclinalg import Diagonal, KroneckerEigen, LayerFactors
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Relative:
             raise ValueError(f"fraction is {value!r}, expected a number in [0, ∞)")
 
 
-def gamma_of(damping: Relative | float, fitted: LayerFactors | KroneckerBasis) -> Any:
+def gamma_of(damping: Relative | float, fitted: LayerFactors | KroneckerEigen) -> Any:
     """γ = √λ of one layer; each member of a batch has its own. √fraction where all eigenvalues are zero."""
     if not isinstance(damping, Relative):
         return damping**0.5
-    if isinstance(fitted, KroneckerBasis):  # whose bases are orthonormal
-        weights: Any = fitted.weights
-        root = weights.mean((-2, -1)).sqrt()
+    if isinstance(fitted, KroneckerEigen):
+        eigenvalues: Any = fitted.eigenvalues
+        root = eigenvalues.mean((-2, -1)).sqrt()
     else:
         a, g = (_mean_eigenvalue(M).sqrt() for M in fitted)
         root = a * g  # the product of two extreme sizes may leave the range, that of their roots less soon
