@@ -69,7 +69,7 @@ class Inverses:
         layers = zip(factors.layers.items(), turns, strict=True)
         due = {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}
         made = [self._built(name, layer, damping) for name, layer in due.items()]
-        sound = are_finite(_telling(inverse) for _, inverse in made)
+        sound = are_finite(_telling(*one) for one in made)
         for (name, layer), first, is_sound in zip(due.items(), made, sound, strict=True):
             self._keep(name, first if is_sound else self._climbed(name, layer, damping), layer)
 
@@ -123,7 +123,8 @@ class Inverses:
     def _built(self, name: str, layer: LayerFactors, damping: Relative | float) -> tuple[Any, Any]:
         """What is fitted to a layer, and its inverse."""
         old = (self.fitted[name],) if name in self.fitted else None
-        return self._inverse(self.structure.fitted(Factors((layer,)), old), gamma_of(damping, layer))
+        fitted = self.structure.fitted(Factors((layer,)), old)
+        return self._inverse(fitted, gamma_of(damping, fitted[0] if self.structure.observes else layer))
 
     def _inverse(self, fitted: Any, gamma: Any) -> tuple[Any, Any]:
         kept = fitted[0] if self.structure.observes else None
@@ -134,9 +135,9 @@ class Inverses:
         for times in LADDER:
             wide = cast(layer, torch.float64)
             fitted, gamma = self.structure.fitted(Factors((wide,)), None), gamma_of(raised(damping, times), wide)
-            found = [_as(x, _dtype(layer)) for x in self._inverse(fitted, gamma)]
-            if are_finite([_telling(found[1])])[0]:
-                return found[0], found[1]
+            kept, inverse = (_as(x, _dtype(layer)) for x in self._inverse(fitted, gamma))
+            if are_finite([_telling(kept, inverse)])[0]:
+                return kept, inverse
         return None
 
     def _keep(self, name: str, made: tuple[Any, Any] | None, *layers: LayerFactors) -> None:
@@ -168,10 +169,11 @@ def are_finite(tensors: Iterable[Tensor]) -> list[bool]:
     return torch.stack(found).tolist() if found else []
 
 
-def _telling(inverse: Any) -> Tensor:
-    """A few numbers of an inverse: where a factorisation failed all of a member is NaN."""
+def _telling(kept: Any, inverse: Any) -> Tensor:
+    """A few numbers of an inverse, and of what is kept of it: where a factorisation failed all of a member is NaN."""
     if isinstance(inverse, KroneckerEigen):
-        return inverse.eigenvalues  # type: ignore[return-value]
+        both = [F.eigenvalues for F in (kept, inverse) if isinstance(F, KroneckerEigen)]
+        return torch.stack(both)  # type: ignore[arg-type]
     substituted = isinstance(inverse.A, CholeskyInverse) or isinstance(inverse.B, CholeskyInverse)
     return inverse.logdet() if substituted else inverse.trace()  # what takes a few flops
 
