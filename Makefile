@@ -20,12 +20,13 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo figures $(FIGURES) test oldest newest gpu gpu-dry lint docs bench performance plots clean
+.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     K-FAC on a deep MNIST autoencoder         (ARGS=--quick for the short form)"
 	@echo "make figures  the paper's figures, in build/figures     (ARGS=--quick for the short form)"
+	@echo "make race     K-FAC beside others on six tasks, build/race  (ARGS='--tasks gru' for one, --quick for the short form)"
 	@echo "make test     lint, then the tests                      (ARGS='-k name' goes to pytest)"
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
@@ -40,6 +41,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
+
+race: $(VENV)/.demo
+	$(PYTHON) docs/examples/race.py $(ARGS)
 
 figures: $(FIGURES)
 

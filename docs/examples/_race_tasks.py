@@ -8,6 +8,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def pixels() -> tuple[Data, Data]:
 def autoencoder(sparse: bool) -> nn.Module:
     """784-400-200-100-30-100-200-400-784, tanh, a linear code."""
     sizes = (784, 400, 200, 100, 30, 100, 200, 400, 784)
-    layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
     if sparse:
         for layer in layers:
             nn.init.zeros_(layer.weight)
@@ -198,7 +199,7 @@ class GRU(nn.Module):
 TASKS = {
     "autoencoder": Task("MNIST autoencoder", partial(autoencoder, False), pixels, "bernoulli", 500, 600),
     "sparse": Task("the same, sparse initialisation", partial(autoencoder, True), pixels, "bernoulli", 500, 600),
-    "convnet": Task("Convnet on MNIST", convnet, classes, "categorical", 128, 400),
+    "convnet": Task("Convnet on MNIST", convnet, classes, "categorical", 128, 186),
     "transformer": Task("Character transformer", Transformer, text, "categorical", 16, 600),
     "vit": Task("Vision transformer on MNIST", ViT, classes, "categorical", 64, 500),
     "gru": Task("GRU language model", GRU, text, "categorical", 16, 600),

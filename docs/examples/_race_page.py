@@ -1,0 +1,136 @@
+"""What race.py shows: a table of medians, and one page with the curves of each task."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from _demo_page import PAGE, STYLE, embed, mark_log_axis
+from _race_tasks import TASKS
+
+COLOURS = {  # Okabe and Ito's palette
+    "AdamW": "#009E73",
+    "SGD": "#999999",
+    "Muon": "#E69F00",
+    "SOAP": "#CC79A7",
+    "K-FAC + SGD": "#0072B2",
+    "K-FAC + AdamW": "#56B4E9",
+    "KFAC": "#D55E00",
+}
+BASE = "AdamW"
+
+
+class Run(NamedTuple):
+    """One training: (steps, seconds, training loss, held-out loss) at some of its steps."""
+
+    task: str
+    method: str
+    number: float  # the learning rate, of KFAC the damping
+    seed: int
+    steps: int
+    points: list[tuple[int, float, float, float]]
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return (self.task, self.method, self.number, self.seed)
+
+    @property
+    def held_out(self) -> float:
+        """The final loss; infinite where the run diverged."""
+        *_, loss = self.points[-1]
+        return loss if math.isfinite(loss) and self.points[-1][0] == self.steps else math.inf
+
+    def reached(self, loss: float) -> tuple[float, float]:
+        """The first (steps, seconds) at which the held-out loss is at most that; infinite if never."""
+        return next(((k, s) for k, s, _, found in self.points if found <= loss), (math.inf, math.inf))
+
+
+def best_runs(runs: list[Run], task: str) -> dict[str, list[Run]]:
+    """Of each method those with its best number."""
+    of = {method: [run for run in runs if (run.task, run.method) == (task, method)] for method in COLOURS}
+    best = {method: min(them, key=lambda run: (run.seed, run.held_out)).number for method, them in of.items() if them}
+    return {method: [run for run in of[method] if run.number == number] for method, number in best.items()}
+
+
+def table_of(runs: list[Run]) -> list[list[str]]:
+    """A row for each task and method: medians over the seeds, and in brackets the range."""
+    rows = [
+        ["task", "method", "number", "held-out loss", "training loss", "steps to AdamW's", "seconds", "a step"]
+    ]
+    for task in TASKS:
+        methods = best_runs(runs, task)
+        if BASE not in methods:
+            continue
+        base = methods[BASE]
+        target = statistics.median(run.held_out for run in base)
+        steps, seconds = base[0].steps, statistics.median(run.points[-1][1] for run in base)
+        for method, them in methods.items():
+            losses = [run.held_out for run in them]
+            reached = [run.reached(target) for run in them]
+            each = statistics.median(run.points[-1][1] / max(run.points[-1][0], 1) for run in them)
+            cells = [
+                f"{statistics.median(losses):.4g} [{min(losses):.4g}, {max(losses):.4g}]",
+                f"{statistics.median(run.points[-1][2] for run in them):.4g}",
+                share(statistics.median(k for k, _ in reached) / steps),
+                share(statistics.median(s for _, s in reached) / seconds),
+                f"{each / (seconds / steps):.2f}",
+            ]
+            rows.append([task, method, f"{them[0].number:g}", *cells])
+    return rows
+
+
+def share(x: float) -> str:
+    return f"{x:.2f}" if math.isfinite(x) else "never"
+
+
+def write_page(path: Path, runs: list[Run], rows: list[list[str]]) -> None:
+    with matplotlib.rc_context(STYLE):
+        tasks = [task for task in TASKS if any(run.task == task for run in runs)]
+        figures = "\n".join(embed(draw(task, best_runs(runs, task)), caption(task)) for task in tasks)
+    cells = [[html.escape(cell) for cell in row] for row in rows]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in cells[1:])
+    head = "<tr>" + "".join(f"<th>{cell}</th>" for cell in cells[0]) + "</tr>\n"
+    text = PAGE.format(
+        verdict="Each method with the best of four learning rates, medians over the seeds.",
+        table=f"<table>\n{head}{body}</table>",
+        figures=figures,
+        settings="<dt>Time</dt><dd>of the steps alone, one thread</dd>",
+    )
+    text = text.replace("K-FAC on the MNIST autoencoder", "The race").replace(
+        "Three methods train the same network from the same weights for the same time. ", ""
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def caption(task: str) -> str:
+    return f"{TASKS[task].title}: held-out loss against steps and seconds, a line a seed."
+
+
+def draw(task: str, methods: dict[str, list[Run]]) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for method, runs in methods.items():
+        for run in runs:
+            for axes, column in ((left, 0), (right, 1)):
+                curve(axes, run, column, method)
+    finals = [run.points[0][3] for runs in methods.values() for run in runs]
+    left.set(title=TASKS[task].title, xlabel="steps", ylabel="held-out loss")
+    left.set(yscale="log", ylim=(None, 1.1 * max(finals)))
+    right.set(xlabel="seconds")
+    mark_log_axis(left)
+    named = {line.get_label(): line for line in left.get_lines()}
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
+    return figure
+
+
+def curve(axes: Axes, run: Run, column: int, method: str) -> None:
+    points = np.array(run.points, dtype=float)
+    axes.plot(points[:, column], points[:, 3], color=COLOURS[method], label=method, linewidth=1.3)
