@@ -94,6 +94,6 @@ def linear_operator(
         rows = np.asarray(X).astype(dtype, casting="same_kind", copy=False).T
         pieces = zip(pairwise(ends), shapes, strict=True)
         Vs = tuple(rows[:, i:j].reshape(len(rows), *batch, n, m).mT for (i, j), (*batch, m, n) in pieces)
-        return np.concat([U.mT.reshape(len(rows), -1) for U in apply(Vs)], axis=1).T
+        return np.concat([U.mT.reshape(len(rows), prod(U.shape[1:])) for U in apply(Vs)], axis=1).T
 
     return LinearOperator((ends[-1], ends[-1]), matvec=lambda x: matmat(x.reshape(-1, 1)), matmat=matmat, dtype=dtype)
