@@ -65,7 +65,7 @@ class BlockDiagonal(Value):
         return _blocks.assembled({(i, i): block.to_dense() for i, block in enumerate(self.blocks)})
 
     def gram(self, Us: Sequence[Any], Vs: Sequence[Any], /) -> Array:
-        """The matrix (p, q) of Σ vec(U_i)ᵀ block vec(V_j), for a batch of arrays or `OuterProduct`s for each block.
+        """The matrix (p, q) of Σ vec(U_i)ᵀ block vec(V_j), for each block a batch, an array or `OuterProduct`.
 
         The sum of the blocks' flops.
         """
@@ -148,7 +148,7 @@ class BlockTridiagonalInverse(Value):
         return product(dense.mT, _blocks.assembled(Lambda), dense)
 
     def gram(self, Us: Sequence[Any], Vs: Sequence[Any], /) -> Array:
-        """The matrix (p, q) of Σ vec(U_i)ᵀ F̂⁻¹ vec(V_j), for a batch of arrays or `OuterProduct`s for each layer.
+        """The matrix (p, q) of Σ vec(U_i)ᵀ F̂⁻¹ vec(V_j), for each layer a batch, an array or `OuterProduct`.
 
         The flops of `apply` for the q on the right, and Σ 2 p q m n.
         """

@@ -50,7 +50,7 @@ class Curvature:
 
     @property
     def operator(self) -> BlockDiagonal:
-        """F: `Kronecker`s A ⊗ G or, of a structure with eigenvalues of its own, `KroneckerEigen`s."""
+        """F: of each layer a `Kronecker` or, of a structure with eigenvalues of its own, a `KroneckerEigen`."""
         if self._corrected is not None:
             return network_of(self._corrected)
         return network_of([Kronecker(A, G) for A, G in self.factors.layers])
@@ -61,7 +61,7 @@ class Curvature:
         return spectra_of(self.factors) if self._corrected is None else self._corrected
 
     def shifted(self, delta: Any, scale: Any = 1.0) -> BlockDiagonal:
-        """scale F + delta I, of `KroneckerEigen`s, without a new decomposition.
+        """scale F + delta I, a `KroneckerEigen` a layer, without a new decomposition.
 
         Args:
             delta: a number > 0, a sequence of one a layer, or a tensor of either kind, of which there are gradients.
