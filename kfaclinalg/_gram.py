@@ -1,4 +1,4 @@
-"""Quadratic forms vec(U_i)ᵀ M vec(V_j) of batches U (p, ..., m, n) and V (q, ..., m, n), arrays or each an `OuterProduct`.
+"""Quadratic forms vec(U_i)ᵀ M vec(V_j) of batches U (p, ..., m, n) and V (q, ..., m, n), or an `OuterProduct`.
 
 Outer products stay factored where that takes fewer flops. The dimensions between are those of a batch of operators.
 """

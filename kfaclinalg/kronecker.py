@@ -129,7 +129,7 @@ class Kronecker(Value):
         return B.diagonal()[..., :, None] * A.diagonal()[..., None, :]
 
     def gram(self, U: Array | OuterProduct, V: Array | OuterProduct, /) -> Array:
-        """The matrix (p, q) of vec(U_i)ᵀ (A ⊗ B) vec(V_j), for U (p, m, n) and V (q, m, n), each an array or `OuterProduct`.
+        """The matrix (p, q) of vec(U_i)ᵀ (A ⊗ B) vec(V_j), for U (p, m, n) and V (q, m, n), or an `OuterProduct`.
 
         2 q m n (m + n + p) flops. Of gradients g aᵀ it is (g_iᵀ B g_j)(a_iᵀ A a_j), in 2 q (m² + n² + p (m + n)). For a
         batch of operators (..., m, n) the first dimension of (p, ..., m, n) counts, and the result is (..., p, q).

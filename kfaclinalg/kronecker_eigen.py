@@ -115,7 +115,7 @@ class KroneckerEigen(Value):
         return (Q * w) @ Q.mT
 
     def gram(self, U: Array | OuterProduct, V: Array | OuterProduct, /) -> Array:
-        """The matrix (p, q) of vec(U_i)ᵀ (this) vec(V_j), for U (p, m, n) and V (q, m, n), each an array or `OuterProduct`.
+        """The matrix (p, q) of vec(U_i)ᵀ (this) vec(V_j), for U (p, m, n) and V (q, m, n), or an `OuterProduct`.
 
         2 m n (p + q)(m + n) + 2 p q m n flops; to rotate gradients g aᵀ takes 2 (p + q)(m² + n²) of them. Batches of
         operators as in `Kronecker.gram`.

@@ -62,9 +62,7 @@ def best_runs(runs: list[Run], task: str) -> dict[str, list[Run]]:
 
 def table_of(runs: list[Run]) -> list[list[str]]:
     """A row for each task and method: medians over the seeds, and in brackets the range."""
-    rows = [
-        ["task", "method", "number", "held-out loss", "training loss", "steps to AdamW's", "seconds", "a step"]
-    ]
+    rows = [["task", "method", "number", "held-out loss", "training loss", "steps to AdamW's", "seconds", "a step"]]
     for task in TASKS:
         methods = best_runs(runs, task)
         if BASE not in methods:
