@@ -53,7 +53,7 @@ def members(new, n):
 
 
 def diagonals(M):
-    i = range(M.shape[-1])
+    i = np.arange(M.shape[-1])
     return M[:, i, i]
 
 
