@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from operator import add
+from collections.abc import Callable
 from typing import Any
 
 from . import _backends, _checks
@@ -54,7 +54,7 @@ class KroneckerPair(Value):
     def apply(self, V: Array, /) -> Array:
         """B V Aᵀ + D V Cᵀ (..., m, n), as `@`. 4 m n (m + n) flops."""
         X = self._operand(V)
-        return _backends.narrowed(add(*(term.apply(X) for term in self._terms())), V.dtype)
+        return _backends.narrowed(self._sum(lambda term: term.apply(X)), V.dtype)
 
     __matmul__ = apply
 
@@ -81,30 +81,26 @@ class KroneckerPair(Value):
 
     def logdet(self) -> Array:
         """log det (A ⊗ B + C ⊗ D) = m log det A + n log det B + Σ log(1 + s_A s_B) (...). About 3 (n³ + m³) flops."""
-        m, n = self.shape
+        xp, (m, n) = self._backend().xp, self.shape
         s_A, s_B = _backends.pencil_values(self.A, self.C), _backends.pencil_values(self.B, self.D)
         inverse = _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])
-        xp = self._backend().xp
         return m * _backends.logdet(self.A) + n * _backends.logdet(self.B) - xp.sum(xp.log(inverse), axis=(-2, -1))
 
     def trace(self) -> Array:
         """tr(A) tr(B) + tr(C) tr(D) (...). 2 (n + m) flops."""
-        first, second = self._terms()
-        return first.trace() + second.trace()
+        return self._sum(Kronecker.trace)
 
     def diagonal(self) -> Array:
         """The diagonal, shaped like V. 3 m n flops."""
-        first, second = self._terms()
-        return first.diagonal() + second.diagonal()
+        return self._sum(Kronecker.diagonal)
 
     def to_dense(self) -> Array:
         """The matrix (..., n m, n m) that acts on vec(V), the columns of V stacked. 3 m² n² flops."""
-        first, second = self._terms()
-        return first.to_dense() + second.to_dense()
+        return self._sum(Kronecker.to_dense)
 
     def gram(self, U: Any, V: Any, /) -> Array:
         """The matrix (p, q) of vec(U_i)ᵀ (this) vec(V_j), as in `Kronecker.gram`, of twice as many flops."""
-        return add(*(term.gram(U, V) for term in self._terms()))
+        return self._sum(lambda term: term.gram(U, V))
 
     def _refined(self, V: Array) -> Array:
         inverse = self.inverse()
@@ -146,8 +142,7 @@ class KroneckerPair(Value):
             P, Q = xp.where(lost, 0.0, balance * P), xp.where(lost, 0.0, Q / balance)
             powers.append((P, Q))
             remainder = xp.linalg.matrix_norm(P, keepdims=True) * xp.linalg.matrix_norm(Q, keepdims=True)
-            growing = remainder > 1 / b.eps  # far from convergence: NaN before it overflows
-            P, Q = xp.where(growing, _backends.NAN, P @ P), Q @ Q
+            P, Q = xp.where(remainder > 1 / b.eps, _backends.NAN, P @ P), Q @ Q  # NaN before it overflows
             if _backends.may_read(remainder) and not bool(xp.any(remainder >= b.eps)):
                 break
         return powers, remainder
@@ -165,13 +160,18 @@ class KroneckerPair(Value):
 
     def _norm(self) -> Array:
         """‖A ⊗ B + C ⊗ D‖_F (..., 1, 1): the inner product of two Kronecker products is that of their factors'."""
-        A, B, C, D = self.A, self.B, self.C, self.D
-        xp, pairs = self._backend().xp, ((A, A), (B, B), (A, C), (B, D), (C, C), (D, D))
-        a, b, ac, bd, c, d = (xp.sum(X * Y, axis=(-2, -1), keepdims=True) for X, Y in pairs)
-        return xp.sqrt(xp.maximum(a * b + 2 * ac * bd + c * d, 0 * a))
+        xp = self._backend().xp
 
-    def _terms(self) -> tuple[Kronecker, Kronecker]:
-        return Kronecker(self.A, self.B), Kronecker(self.C, self.D)
+        def inner(X: Array, Y: Array) -> Array:
+            return xp.sum(X * Y, axis=(-2, -1), keepdims=True)
+
+        A, B, C, D = self.A, self.B, self.C, self.D
+        square = inner(A, A) * inner(B, B) + 2 * inner(A, C) * inner(B, D) + inner(C, C) * inner(D, D)
+        return xp.sqrt(xp.where(square > 0, square, 0.0))
+
+    def _sum(self, f: Callable[[Kronecker], Array]) -> Array:
+        """f of A ⊗ B and f of C ⊗ D."""
+        return f(Kronecker(self.A, self.B)) + f(Kronecker(self.C, self.D))
 
     def _operand(self, V: Array) -> Array:
         X = _backends.operand(self._backend(), "V", V, self.shape)

@@ -106,12 +106,8 @@ class Capture:
     @torch.compiler.disable
     def _instead(self, module: nn.Module, site: Site, own: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Any = own or partial(type(module).forward, module)
-        if (
-            own is not None
-            or self.removed
-            or module in self.others
-            or not (self.always or (self._shows and not self.idle))
-        ):
+        shows = self.always or (self._shows and not self.idle)
+        if own is not None or self.removed or module in self.others or not shows:
             return forward(*args, **kwargs)
 
         def see(suffix: str, x: Tensor, s: Tensor, mask: Tensor | None) -> None:

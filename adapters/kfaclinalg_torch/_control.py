@@ -31,16 +31,13 @@ class Controlled:
 
     damping: Any
     decay: float
-    statistics_period: Any
-    inverse_period: Any
-    length: Any
-    kl_clip: Any
     kl_lr: Any
 
-    def _take(self, *options: Any) -> None:
-        named = dict(zip(Controlled.__annotations__, options, strict=True))
-        check_numbers(**named | {"kl_lr": 1.0 if named["kl_lr"] is None else named["kl_lr"]})
-        vars(self).update(named)
+    def _take(self, damping: Any, decay: Any, periods: tuple[Any, Any], length: Any, clip: tuple[Any, Any]) -> None:
+        self.damping, self.decay, self.length = damping, decay, length
+        self.statistics_period, self.inverse_period = periods
+        self.kl_clip, self.kl_lr = clip[0], 1.0 if clip[1] is None else clip[1]
+        check_numbers(**vars(self))
         self._steps = 0
         self._periods: dict[str, int] = {}  # of "auto"
 
@@ -77,7 +74,7 @@ class Controlled:
         """The root mean square of each layer's update; and what else limits all of it, κ and lr."""
         k = self._steps
         if self.kl_clip is not None:
-            return None, (at(k, "kl_clip", self.kl_clip), 1.0 if self.kl_lr is None else at(k, "kl_lr", self.kl_lr))
+            return None, (at(k, "kl_clip", self.kl_clip), at(k, "kl_lr", self.kl_lr))
         if self.length == AUTO:
             return LENGTH if self._is_relative else None, None
         return at(k, "length", self.length), None

@@ -172,5 +172,6 @@ class Curvature:
 
     def _damped(self, damping: Any) -> list[KroneckerEigen]:
         if damping is None:
-            damping = [0.1 * F.eigenvalues.mean() for F in self.eigen]  # type: ignore[attr-defined]
+            means: list[Any] = [F.eigenvalues.mean() for F in self.eigen]  # type: ignore[attr-defined]
+            damping = [0.1 * torch.where(mean == 0, 1.0, mean) for mean in means]  # no gradient has reached a zero one
         return [P.inverse() for P in self._shifted(damping)]

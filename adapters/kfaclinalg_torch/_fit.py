@@ -17,7 +17,7 @@ from ._layer import Layer
 from ._likelihoods import Likelihood
 from ._links import chained, cross_moments
 from ._passes import Data, Passes, is_pair
-from ._processes import over_processes
+from ._processes import over_processes, several_processes
 from ._spectra import spectra_of
 from ._squares import squared_gradients
 from ._statistics import Statistic
@@ -41,7 +41,7 @@ def fit_curvature(
     the eigenvectors (EKFAC, George et al. 2018), of which nothing is kept but their sum. With the exact and the
     empirical estimator the result does not depend on the size or the order of the batches, but for rounding. What no
     rule knows is seen one example at a time. Under `torch.distributed` each process brings its share of the data, and
-    all get the same.
+    all get the same; "block-tridiagonal" is refused there.
 
     Args:
         model, likelihood, structure, estimator: as of `KFACPreconditioner`; the empirical Fisher is of the targets of
@@ -65,6 +65,8 @@ def fit_curvature(
     twice = passes.structure.observes or passes.structure.linked
     if twice and iter(loader) is loader:
         raise TypeError(f"loader is a {type(loader).__name__}, of one pass, and {structure!r} takes two: give a list")
+    if passes.structure.linked and several_processes():
+        raise ValueError(f"structure {structure!r} takes all of the data in one process, got several")
     device = None if offload is None else torch.device(offload)
     state = passes.generator.get_state()
     with passes.open(), torch.no_grad():

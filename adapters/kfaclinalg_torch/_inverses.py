@@ -80,10 +80,8 @@ class Inverses:
             if moments is None:
                 continue
             squares = mean_squares(statistic, self.layers[name], F, moments, scale)
-            self.fitted[name], self.inverses[name] = self._inverse(
-                self.structure.observed((F,), [squares], decay=decay),  # type: ignore[attr-defined]
-                gamma_of(damping, F),
-            )
+            observed = self.structure.observed((F,), [squares], decay=decay)  # type: ignore[attr-defined]
+            self.fitted[name], self.inverses[name] = self._inverse(observed, gamma_of(damping, observed[0]))
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""

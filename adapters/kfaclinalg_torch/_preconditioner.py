@@ -107,7 +107,7 @@ class KFACPreconditioner(Seen, Controlled):
         factor_dtype: torch.dtype | None = None,
         **short: Any,
     ) -> None:
-        self._take(damping, decay, statistics_period, inverse_period, length, kl_clip, kl_lr)
+        self._take(damping, decay, (statistics_period, inverse_period), length, (kl_clip, kl_lr))
         check_choice("fallback", fallback, FALLBACKS)
         self.estimator, self.structure = values_of(estimator, structure, short)
         check_together(self.estimator, likelihood, length, kl_clip, kl_lr, generator)

@@ -14,7 +14,7 @@ from kfaclinalg import Diagonal, LayerFactors
 from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._entries import Entries
 from ._masks import spread
-from ._processes import over_processes, several_processes
+from ._processes import over_processes, processes, several_processes
 from ._use import Pass, Use
 
 
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Flops: of the model's own forward and backward passes, and of the statistic."""
+    """Flops of a process: of the model's own forward and backward passes, and of the statistic."""
 
     model: int = 0
     statistic: int = 0
@@ -74,7 +74,7 @@ class Statistic:
         block: Any = use.block
         N, (x, s) = use.examples(), use.pair(g, self.dtype)
         self.saw(use.of)
-        self._count(block, x, draw)
+        self._count(block, x, N, draw)
         if self.keep:
             self.uses.setdefault((use.of.number, draw), []).append((use, g))
         if self.sharing[block.name] == "reduce" and isinstance(block, Rows):
@@ -92,13 +92,17 @@ class Statistic:
         g = g.detach().to(self.dtype)
         self._sum(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
 
-    def _count(self, block: Block, x: Tensor, draw: int) -> None:
-        """Three products with W, and in the statistic one more for each draw; Σ a aᵀ and Σ g gᵀ."""
-        if isinstance(block, Dense):
-            rows, (m, n) = prod(block.positions(x)), block.shape[-2:]
-            W, (model, statistic) = prod(block.shape), self.work
-            moments = rows * (m * m + n * n if draw == 0 else m * m) * (W // max(m * n, 1))
-            self.work = Work(model + (6 * rows * W if draw == 0 else 0), statistic + moments + 2 * rows * W)
+    def _count(self, block: Block, x: Tensor, N: int, draw: int) -> None:
+        """Three products with W, and in the statistic one more for each draw; Σ a aᵀ once, Σ g gᵀ for each draw."""
+        if not isinstance(block, Dense):
+            return
+        (*groups, m, n), rows = block.shape, prod(block.positions(x))
+        of_input, of_output = (d if d > LARGEST and not groups else d * d for d in (n, m))
+        moments = of_output + (of_input if draw == 0 else 0)
+        reduced = N if self.sharing[block.name] == "reduce" else rows
+        W, (model, statistic) = prod(block.shape), self.work
+        statistic += 2 * rows * W + reduced * prod(groups) * moments
+        self.work = Work(model + (6 * rows * W if draw == 0 else 0), statistic)
 
     def saw(self, of: Pass) -> None:
         if of.number not in self._passes:
@@ -121,7 +125,8 @@ class Statistic:
             [sum.A for sum in sums] + [scale**2 * sum.G for sum in sums],
             [self.examples, *self.work, *(sum.rows for sum in sums)],
         )
-        N, self.work, counts = numbers[0], Work(*numbers[1:3]), numbers[3:]
+        N, counts = numbers[0], numbers[3:]
+        self.work = Work(*(flops // processes() for flops in numbers[1:3]))
         A, G = moments[: len(sums)], moments[len(sums) :]
         found: dict[str, LayerFactors | Held] = {
             block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / max(N, 1)))

@@ -47,7 +47,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>K-FAC on the MNIST autoencoder</title>
+<title>{title}</title>
 <style>
   body {{ max-width: 58rem; margin: 3rem auto; padding: 0 1.5rem; color: #22262b; background: #fff;
          font: 17px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }}
@@ -65,8 +65,8 @@ PAGE = """<!doctype html>
   dd {{ margin: 0; }}
   h2 {{ font-size: 1.05rem; margin: 0 0 .6rem; }}
 </style>
-<h1>K-FAC on the MNIST autoencoder</h1>
-<p class="verdict">Three methods train the same network from the same weights for the same time. {verdict}</p>
+<h1>{title}</h1>
+<p class="verdict">{verdict}</p>
 {table}
 {figures}
 <h2>Settings</h2>
@@ -95,18 +95,25 @@ def write_page(
         ]
         images = "\n".join(embed(figure, caption) for figure, caption in figures)
     terms = "\n".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items())
-    text = PAGE.format(verdict=html.escape(verdict), table=html_table(table), figures=images, settings=terms)
+    opening = f"Three methods train the same network from the same weights for the same time. {verdict}"
+    text = PAGE.format(
+        title="K-FAC on the MNIST autoencoder",
+        verdict=html.escape(opening),
+        table=html_table(table, COLOURS),
+        figures=images,
+        settings=terms,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def html_table(rows: list[list[str]]) -> str:
+def html_table(rows: list[list[str]], colours: dict[str, str]) -> str:
+    """The names of methods, which have a colour, are drawn in it."""
     heading, *body = [[html.escape(cell) for cell in row] for row in rows]
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in heading) + "</tr>"]
     for row in body:
-        colour = COLOURS[row[0]]
-        cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
-        lines.append(f'<tr><td style="color: {colour}">{row[0]}</td>{cells}</tr>')
+        styles = [f' style="color: {colours[cell]}"' if cell in colours else "" for cell in row]
+        lines.append("<tr>" + "".join(f"<td{s}>{cell}</td>" for s, cell in zip(styles, row, strict=True)) + "</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 

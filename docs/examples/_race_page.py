@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from _demo_page import PAGE, STYLE, embed, mark_log_axis
+from _demo_page import PAGE, STYLE, embed, html_table, mark_log_axis
 from _race_tasks import TASKS
 
 COLOURS = {  # Okabe and Ito's palette
@@ -93,17 +92,12 @@ def write_page(path: Path, runs: list[Run], rows: list[list[str]]) -> None:
     with matplotlib.rc_context(STYLE):
         tasks = [task for task in TASKS if any(run.task == task for run in runs)]
         figures = "\n".join(embed(draw(task, best_runs(runs, task)), caption(task)) for task in tasks)
-    cells = [[html.escape(cell) for cell in row] for row in rows]
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in cells[1:])
-    head = "<tr>" + "".join(f"<th>{cell}</th>" for cell in cells[0]) + "</tr>\n"
     text = PAGE.format(
-        verdict="Each method with the best of four learning rates, medians over the seeds.",
-        table=f"<table>\n{head}{body}</table>",
+        title="The race",
+        verdict="Each method with the best of four learning rates or dampings; medians over the seeds, and ranges.",
+        table=html_table(rows, COLOURS),
         figures=figures,
-        settings="<dt>Time</dt><dd>of the steps alone, one thread</dd>",
-    )
-    text = text.replace("K-FAC on the MNIST autoencoder", "The race").replace(
-        "Three methods train the same network from the same weights for the same time. ", ""
+        settings="<dt>Seconds</dt><dd>of the steps alone, on one thread</dd>",
     )
     path.write_text(text, encoding="utf-8")
 

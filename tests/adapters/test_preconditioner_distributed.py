@@ -115,11 +115,21 @@ def distributed_run(structure, estimator, kind, rank, world):
     return found, dense(preconditioner.layers)
 
 
+def chosen(x, y):
+    """The periods that a preconditioner chooses in its first step."""
+    model = network(4, 30, 3)
+    preconditioner = preconditioned(model, "exact")
+    backward(model, preconditioner, x, y)
+    preconditioner.step()
+    return dict(preconditioner._periods)
+
+
 def one_process(rank, world, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        found = {name: distributed_run(*case, rank, world) for name, case in DISTRIBUTED.items()}
+        found: dict = {name: distributed_run(*case, rank, world) for name, case in DISTRIBUTED.items()}
+        found["periods"] = chosen(*(t.split(6)[rank] for t in batch()))
         torch.save(found, f"{folder}/{rank}")
     finally:
         distributed.destroy_process_group()
@@ -141,6 +151,13 @@ def test_two_processes_give_what_one_gives_on_the_whole_batch(processes, name):
             assert_near(process[name][0], found, c=1000)
     # To the last bit, or else the copies of the model would drift apart: nobody sends the weights round again.
     assert_same(processes[0][name], processes[1][name])
+
+
+def test_the_periods_are_chosen_together_by_the_work_of_one_process(processes):
+    """Each process has half of the examples, and makes all of the inverses and products."""
+    expected = chosen(*(t[:6] for t in batch()))
+    assert [process["periods"] for process in processes] == [expected] * WORLD
+    assert expected != chosen(*batch())
 
 
 def test_sharded_parameters_are_refused_before_and_after(tmp_path):

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from training import (
     ESTIMATORS,
     Waits,
@@ -16,6 +15,7 @@ from training import (
     batch,
     dense,
     gradients,
+    losses_of,
     network,
     one_step,
     preconditioned,
@@ -180,17 +180,7 @@ def test_any_optimizer_takes_the_gradients_and_a_scheduler_its_learning_rate(opt
     optimizer = getattr(torch.optim, optimizer)(model.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40, eta_min=0.1 * rate)
     preconditioner = preconditioned(model, structure=structure, damping=0.1, inverse_period=5)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        outputs = model(x)
-        preconditioner.update(outputs)
-        loss = functional.cross_entropy(outputs, y)
-        loss.backward()
-        preconditioner.step()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+    losses = losses_of(model, optimizer, preconditioner, x, y, 40, after=scheduler.step)
     assert losses[-1] < 0.8 * losses[0]
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * rate)
 

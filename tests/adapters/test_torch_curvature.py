@@ -366,3 +366,14 @@ def test_mistakes_are_refused():
         FisherOperator(case.model, "categorical", case.loader()) @ (torch.ones(2, 2),)
     assert isinstance(curvature.eigen[0], KroneckerEigen)
     assert fit_curvature(case.model, "categorical", case.loader(), estimator=Empirical(), progress=True).examples == N
+
+
+def test_a_layer_that_no_gradient_reaches_adds_nothing_to_the_scores():
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(K, (N,))
+    with torch.no_grad():
+        model[2].weight.zero_()
+    curvature = fit_curvature(model, "categorical", (x, y), progress=False)
+    assert float(curvature.layers["0"].G.abs().max()) == 0
+    scores = curvature.scores((x, y), (x, y))
+    assert bool(scores.isfinite().all())
+    torch.testing.assert_close(curvature.self_scores((x, y)), scores.diagonal())

@@ -69,6 +69,22 @@ def one_step(model, preconditioner, x, y, **options):
     return gradients(model)
 
 
+def losses_of(model, optimizer, preconditioner, x, y, steps, after=lambda: None):
+    """Those of each step of a training loop on one batch."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs = model(x)
+        preconditioner.update(outputs)
+        loss = functional.cross_entropy(outputs, y)
+        loss.backward()
+        preconditioner.step()
+        optimizer.step()
+        after()
+        losses.append(loss.item())
+    return losses
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
