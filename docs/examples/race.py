@@ -6,8 +6,9 @@
 
 Each method has four learning rates to choose from (KFAC four dampings) and the same number of steps. The one with the
 lowest final held-out loss is run with the other seeds too. Seconds are those of the steps on one thread, without the
-evaluations. K-FAC's own options are its defaults; nobody has weight decay. SOAP is there where `pytorch_optimizer` is.
-Results are added to build/race/results.json, the table and the curves are in build/race/index.html.
+evaluations. K-FAC's own options are its defaults; nobody has weight decay. SOAP and Shampoo are there where
+`pytorch_optimizer` is. L-BFGS takes the whole data in each of an eighth as many steps, on the autoencoders. Results
+are added to build/race/results.json, the table and the curves are in build/race/index.html.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,29 @@ def soap(model: nn.Module, task: Task, lr: float) -> Step:
     return descent(model, task, SOAP(model.parameters(), lr=lr, weight_decay=0))
 
 
+def shampoo(model: nn.Module, task: Task, lr: float) -> Step:
+    """With the gradient's length, its default; a new root every 20 steps in the place of 1,000."""
+    from pytorch_optimizer import ScalableShampoo
+
+    return descent(model, task, ScalableShampoo(model.parameters(), lr=lr, preconditioning_compute_steps=20))
+
+
+def lbfgs(model: nn.Module, task: Task, lr: float) -> Step:
+    """One iteration a step, with a line search that starts at lr."""
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=lr, max_iter=1, line_search_fn="strong_wolfe")
+
+    def step(x: Tensor, y: Tensor) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = task.loss(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    return step
+
+
 def preconditioned_sgd(model: nn.Module, task: Task, lr: float) -> Step:
     return descent(model, task, nesterov(model, lr), preconditioner=preconditioner(model, task))
 
@@ -105,14 +129,25 @@ def kfac(model: nn.Module, task: Task, damping: float) -> Step:
     return KFAC(model, task.likelihood, damping=damping).step
 
 
-METHODS: dict[str, tuple[Callable[[nn.Module, Task, float], Step], Sequence[float]]] = {
-    "AdamW": (adamw, ADAM_RATES),
-    "SGD": (sgd, SGD_RATES),
-    "Muon": (muon, ADAM_RATES),
-    "SOAP": (soap, ADAM_RATES),
-    "K-FAC + SGD": (preconditioned_sgd, (0.1, 0.3, 1.0, 3.0)),
-    "K-FAC + AdamW": (preconditioned_adamw, ADAM_RATES),
-    "KFAC": (kfac, (0.1, 1.0, 10.0, 100.0)),
+class Method(NamedTuple):
+    make: Callable[[nn.Module, Task, float], Step]
+    numbers: Sequence[float]
+    whole: bool = False  # all of the data in each step, of which there are an eighth
+
+    def fits(self, task: Task) -> bool:
+        return not self.whole or task.likelihood == "bernoulli"
+
+
+METHODS = {
+    "AdamW": Method(adamw, ADAM_RATES),
+    "SGD": Method(sgd, SGD_RATES),
+    "Muon": Method(muon, ADAM_RATES),
+    "SOAP": Method(soap, ADAM_RATES),
+    "Shampoo": Method(shampoo, SGD_RATES),
+    "L-BFGS": Method(lbfgs, (0.1, 0.3, 1.0, 3.0), whole=True),
+    "K-FAC + SGD": Method(preconditioned_sgd, (0.1, 0.3, 1.0, 3.0)),
+    "K-FAC + AdamW": Method(preconditioned_adamw, ADAM_RATES),
+    "KFAC": Method(kfac, (0.1, 1.0, 10.0, 100.0)),
 }
 
 
@@ -125,10 +160,10 @@ def train(name: str, method: str, number: float, seed: int, steps: int, bar: tqd
     data, held_out = task.data()
     torch.manual_seed(seed)
     model = task.network()
-    step = METHODS[method][0](model, task, number)
+    step = METHODS[method].make(model, task, number)
     shown = [part.some(EVALUATED if part.inputs.is_floating_point() else EVALUATED // 16) for part in (data, held_out)]
     points, seconds, every = [], 0.0, max(4, steps // EVALUATIONS)
-    for k, (x, y) in enumerate(data.batches(task.batch, seed)):
+    for k, (x, y) in enumerate(data.batches(len(data.inputs) if METHODS[method].whole else task.batch, seed)):
         if k % every == 0 or k == steps:
             losses = [evaluate(model, task, part) for part in shown]
             points.append((k, seconds, *losses))
@@ -153,16 +188,21 @@ def evaluate(model: nn.Module, task: Task, data: Data) -> float:
 
 
 def race(args: argparse.Namespace, store: Callable[[Run], None]) -> None:
-    runs = sum(len(METHODS[method][1]) + args.seeds - 1 for method in args.methods)
     budget = {name: max(4, round(TASKS[name].steps * args.steps)) for name in args.tasks}
-    with tqdm(total=runs * sum(budget.values()), unit=" steps", mininterval=0.1 if sys.stderr.isatty() else 20) as bar:
-        for name in args.tasks:
-            for method in args.methods:
-                swept = [train(name, method, number, 0, budget[name], bar) for number in METHODS[method][1]]
-                best = min(swept, key=lambda run: run.held_out)
-                others = [train(name, method, best.number, s, budget[name], bar) for s in range(1, args.seeds)]
-                for run in (*swept, *others):
-                    store(run)
+    plans = [
+        (name, method, max(4, budget[name] // 8) if METHODS[method].whole else budget[name])
+        for name in args.tasks
+        for method in args.methods
+        if METHODS[method].fits(TASKS[name])
+    ]
+    total = sum(steps * (len(METHODS[method].numbers) + args.seeds - 1) for _, method, steps in plans)
+    with tqdm(total=total, unit=" steps", mininterval=0.1 if sys.stderr.isatty() else 20) as bar:
+        for name, method, steps in plans:
+            swept = [train(name, method, number, 0, steps, bar) for number in METHODS[method].numbers]
+            best = min(swept, key=lambda run: run.held_out)
+            others = [train(name, method, best.number, seed, steps, bar) for seed in range(1, args.seeds)]
+            for run in (*swept, *others):
+                store(run)
 
 
 def main() -> None:
@@ -181,9 +221,10 @@ def main() -> None:
             [m for m in ("AdamW", "K-FAC + SGD", "KFAC") if m in args.methods],
         )
         args.seeds, args.steps, args.out = 1, 0.02, args.out / "quick"
-    if not find_spec("pytorch_optimizer") and "SOAP" in args.methods:
-        args.methods = [method for method in args.methods if method != "SOAP"]
-        print("SOAP is left out: pytorch_optimizer is not installed.")
+    borrowed = [method for method in args.methods if method in ("SOAP", "Shampoo")]
+    if borrowed and not find_spec("pytorch_optimizer"):
+        args.methods = [method for method in args.methods if method not in borrowed]
+        print(f"{' and '.join(borrowed)}: left out, for pytorch_optimizer is not installed.")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*the diagonal of the Fisher matrix.*")
 
