@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mnist_autoencoder import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"K-FAC": "#0072B2", "Nesterov": "#D55E00", "Adam": "#009E73"}
+COLOURS = {"K-FAC": "#0072B2", "Nesterov": "#D55E00", "Adam": "#009E73", "Muon": "#E69F00", "SOAP": "#CC79A7"}
 INK, FAINT = "#22262b", "#8a9097"
 STYLE = {
     "font.family": "sans-serif",
@@ -95,7 +95,7 @@ def write_page(
         ]
         images = "\n".join(embed(figure, caption) for figure, caption in figures)
     terms = "\n".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items())
-    opening = f"Three methods train the same network from the same weights for the same time. {verdict}"
+    opening = f"{len(runs)} methods train the same network from the same weights for the same time. {verdict}"
     text = PAGE.format(
         title="K-FAC on the MNIST autoencoder",
         verdict=html.escape(opening),

@@ -1,11 +1,12 @@
-"""K-FAC, Nesterov's accelerated gradient and Adam on a deep autoencoder of MNIST digits (the paper's Section 13).
+"""K-FAC, Nesterov's accelerated gradient, Adam and Muon on a deep autoencoder of MNIST digits (the paper's Section 13).
 
     python docs/examples/mnist_autoencoder.py            # about 4 minutes on two cores
     python docs/examples/mnist_autoencoder.py --quick    # about 25 seconds
 
-Every method starts from the same weights, minimises the same objective and trains for the same number of seconds. The
-error is the squared reconstruction error, summed over pixels, mean over all digits; its computation is not part of the
-time. Ctrl-C stops the method in progress and reports what there is so far.
+Every method starts from the same weights, minimises the same objective and trains for the same number of seconds; SOAP
+is there too where `pytorch_optimizer` is. The learning rates fall to zero in that time, K-FAC has none. The error is
+the squared reconstruction error, summed over pixels, mean over all digits; its computation is not part of the time.
+Ctrl-C stops the method in progress and reports what there is so far.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +41,17 @@ WEIGHT_DECAY = 1e-5
 # 5 iterations has an error of 8.5 after 40 iterations; a start at 0.1 with one every 20 has 18. 0.001 does as well.
 # The mini-batch is the whole training set from m_240 on, near the end on two cores (Section 13: m_500).
 KFAC_SETTINGS = {"damping": 0.01, "inverse_period": 5, "first_batch": 1000, "full_batch_at": 240}
-# `--sweep` repeats the choice of the others' settings, which are for the default time: with a larger learning rate
-# Nesterov leads early, and diverges when its momentum has grown.
+# `--sweep` repeats the choice of the others' settings, which are for the default time.
 NESTEROV_SETTINGS = {"batch": 200, "lr": 0.005, "max_momentum": 0.99}
 ADAM_SETTINGS = {"batch": 200, "lr": 2e-3}
+MUON_SETTINGS = {"batch": 200, "lr": 1e-2}
+SOAP_SETTINGS = {"batch": 200, "lr": 3e-3}
 SWEEP = {
     "K-FAC": {**{name: (x,) for name, x in KFAC_SETTINGS.items()}, "damping": (0.001, 0.01, 0.1, 1, 10)},
     "Nesterov": {"batch": (100, 200), "lr": (0.001, 0.002, 0.005, 0.01, 0.02), "max_momentum": (0.9, 0.99)},
     "Adam": {"batch": (50, 100, 200), "lr": (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)},
+    "Muon": {"batch": (100, 200, 500), "lr": (1e-3, 3e-3, 1e-2, 3e-2)},
+    "SOAP": {"batch": (100, 200, 500), "lr": (1e-3, 3e-3, 1e-2)},
 }
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +152,7 @@ def reconstruction_error(model: nn.Module, digits: Tensor) -> float:
     return sum((model(x).sigmoid() - x).square().sum().item() for x in digits.split(5000)) / len(digits)
 
 
-# -- the three methods: each yields one Step an iteration, and names the models whose error counts --
+# -- the methods: each yields one Step an iteration, and names the models whose error counts --
 
 
 def kfac(model, digits, generator, *, damping, inverse_period, first_batch, full_batch_at):
@@ -173,34 +178,58 @@ def growing_sizes(first: int, last: int, iterations: int) -> Iterator[int]:
 
 def nesterov(model, digits, generator, *, batch, lr, max_momentum):
     """Nesterov's accelerated gradient with the momentum schedule of Sutskever et al. (2013)."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.5, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5, nesterov=True, fused=True)
 
     def schedule(t: int) -> None:
         momentum = min(1 - 2 ** (-1 - math.log2(t // 250 + 1)), max_momentum)
         optimizer.param_groups[0]["momentum"] = momentum
 
-    return first_order(model, digits, optimizer, batch, generator, schedule)
+    return first_order(model, digits, [optimizer], batch, generator, schedule)
 
 
 def adam(model, digits, generator, *, batch, lr):
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
-    return first_order(model, digits, optimizer, batch, generator, schedule=lambda t: None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    return first_order(model, digits, [optimizer], batch, generator)
 
 
-def first_order(model, digits, optimizer, size, generator, schedule):
-    """Descent on mini-batches. The average of the iterates (Section 13, ξ = 0.99) has less noise, so it counts too."""
+def muon(model, digits, generator, *, batch, lr):
+    """For the matrices but the last; Adam for the rest."""
+    *hidden, last = [p for p in model.parameters() if p.ndim == 2]
+    rest = [last, *(p for p in model.parameters() if p.ndim != 2)]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(rest, lr=lr, fused=True),
+    ]
+    return first_order(model, digits, optimizers, batch, generator)
+
+
+def soap(model, digits, generator, *, batch, lr):
+    from pytorch_optimizer import SOAP
+
+    return first_order(model, digits, [SOAP(model.parameters(), lr=lr, weight_decay=0)], batch, generator)
+
+
+def first_order(model, digits, optimizers, size, generator, schedule=lambda t: None):
+    """Descent on mini-batches. The average of the iterates (Section 13, ξ = 0.99) has less noise, so it counts too.
+
+    What is sent to it is the part of its time that is left; the learning rates fall with that.
+    """
+    parameters = list(model.parameters())
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 
-    def steps() -> Iterator[Step]:
+    def steps() -> Generator[Step, float | None]:
         for t, batch in enumerate(shuffled(digits, size, generator)):
             schedule(t)
-            optimizer.zero_grad()
+            model.zero_grad()
             (binary_cross_entropy_with_logits(model(batch), batch, reduction="sum") / len(batch)).backward()
-            optimizer.step()
+            torch._foreach_add_([p.grad for p in parameters], parameters, alpha=WEIGHT_DECAY)
+            for optimizer in optimizers:
+                optimizer.step()
             average.update_parameters(model)
-            yield Step(len(batch))
+            left = yield Step(len(batch))
+            for group, lr in groups:
+                group["lr"] = lr if left is None else lr * left
 
     return steps(), [model, average]
 
@@ -211,8 +240,11 @@ def shuffled(digits: Tensor, size: int, generator: torch.Generator) -> Iterator[
             yield digits[chosen]
 
 
-METHODS = {"K-FAC": kfac, "Nesterov": nesterov, "Adam": adam}
-SETTINGS = {"K-FAC": KFAC_SETTINGS, "Nesterov": NESTEROV_SETTINGS, "Adam": ADAM_SETTINGS}
+METHODS = {"K-FAC": kfac, "Nesterov": nesterov, "Adam": adam, "Muon": muon}
+SETTINGS = {"K-FAC": KFAC_SETTINGS, "Nesterov": NESTEROV_SETTINGS, "Adam": ADAM_SETTINGS, "Muon": MUON_SETTINGS}
+if find_spec("pytorch_optimizer"):
+    METHODS["SOAP"], SETTINGS["SOAP"] = soap, SOAP_SETTINGS
+SECONDS = 200 / len(METHODS)  # of each
 
 
 # -- training --
@@ -229,7 +261,7 @@ def train(method: str, settings: dict, digits: Tensor, plan: Plan, bar: tqdm, st
     while run.seconds < plan.seconds and math.isfinite(error) and not stop.is_set():
         before = run.seconds
         start = time.perf_counter()
-        step = next(steps)
+        step = next(steps) if not run.steps else steps.send(max(0.0, 1 - run.seconds / plan.seconds))
         run.record(step, time.perf_counter() - start)
         if run.seconds >= next_evaluation:
             next_evaluation = run.seconds * spacing
@@ -278,7 +310,8 @@ def compare(digits: Tensor, plan: Plan, stop: threading.Event) -> list[Run]:
 def sweep(digits: Tensor, plan: Plan, stop: threading.Event) -> None:
     """Every candidate trains for the full time: what leads early may diverge later."""
     warm_up(digits)
-    for method, grid in SWEEP.items():
+    for method in METHODS:
+        grid = SWEEP[method]
         candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         runs = []
         with progress(method, plan.seconds * len(candidates)) as bar:
@@ -336,7 +369,7 @@ def print_table(rows: list[list[str]]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short run of about 25 seconds in all")
-    parser.add_argument("--seconds", type=float, help="training time of each method (default 60, with --quick 4)")
+    parser.add_argument("--seconds", type=float, help=f"training time of each method (default {SECONDS:g})")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
     parser.add_argument("--data", type=Path, default=DIGITS, help="an .npz (x_train, y_train) or a folder of IDX files")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo", help="folder of the page (build/demo)")
@@ -358,7 +391,7 @@ def stop_on_interrupt() -> threading.Event:
 
 def main() -> None:
     args = arguments()
-    plan = Plan(args.seconds or (4 if args.quick else 60), 8 if args.quick else 40, args.seed)
+    plan = Plan(args.seconds or (4 if args.quick else SECONDS), 8 if args.quick else 30, args.seed)
     digits, labels = load_digits(args.data)
     stop = stop_on_interrupt()
     if args.sweep:
