@@ -9,6 +9,7 @@ EXTRAS_figures := figures
 EXTRAS_test := test,figures
 EXTRAS_docs := docs
 EXTRAS_bench := bench
+EXTRAS_release := release
 
 # What several threads take depends on what else runs. An operation is timed on one.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -20,7 +21,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model
 
-.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs bench performance plots clean
+.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs dist bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,7 @@ help:
 	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part)"
 	@echo "make gpu-dry  the same in small on a CPU: that it runs"
 	@echo "make docs     the site, in build/docs"
+	@echo "make dist     what a release uploads, in dist, built and checked"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
 	@echo "make performance  all benchmarks, stored, and their pictures  (pin it: taskset -c 1 make performance)"
 	@echo "make plots    those pictures alone"
@@ -95,6 +97,11 @@ docs: $(VENV)/.docs
 	$(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
+dist: $(VENV)/.release
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+
 # In an environment as it stands asv stores figures only under a commit that is named: with those of the quick run,
 # which are of one call each, nothing can be done. It must know the machine, in ~/.asv-machine.json, before it runs.
 # A forked process has torch and JAX imported already, which a spawned one takes seconds for.
@@ -120,7 +127,7 @@ clean:
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, all in the one environment.
-STAMPS := $(addprefix $(VENV)/.,demo figures test docs bench)
+STAMPS := $(addprefix $(VENV)/.,demo figures test docs bench release)
 $(STAMPS): $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,10 @@ def test_the_fields_of_the_records_are_the_contract():
 def test_the_packages_are_typed():
     for folder in ("kfaclinalg", "adapters/kfaclinalg_mlp", "adapters/kfaclinalg_torch"):
         assert (ROOT / folder / "py.typed").exists()
+
+
+def test_what_is_cited_is_what_is_released():
+    """One version, and whoever looks for a release finds the changes."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version in (ROOT / "CHANGELOG.md").read_text()
