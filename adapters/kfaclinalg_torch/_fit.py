@@ -103,7 +103,9 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
                 passes.take(alone, single)
         for statistic in (together, alone):
             statistic.settle(device)
-    found: dict[str, Any] = {**together.moments(1.0), **alone.moments(1.0)}
+    found: dict[str, Any] = {}
+    for statistic in (together, alone):
+        found |= statistic.moments(1.0) if statistic.all else {}
     layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
     _, (N,) = over_processes([layers[0].G.diagonal()], [max(together.examples, alone.examples)])
     return Factors(layers), N

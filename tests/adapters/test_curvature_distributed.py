@@ -1,0 +1,59 @@
+"""`fit_curvature` in several processes, each with its share of the data, gives what one process gives on all of it."""
+
+import pytest
+import torch
+from curvature_cases import MODELS, Case, N
+from torch import distributed
+
+pytestmark = pytest.mark.filterwarnings("ignore:fit_curvature takes the diagonal")
+WORLD, SHARES = 2, (13, 7)  # examples of each process, in batches of 5: three of them and two, the last ones smaller
+FITS = [
+    (name, structure, estimator)
+    for name in MODELS
+    for structure in ("block-diagonal", "eigen")
+    for estimator in ("exact", "empirical")
+]
+
+
+def fitted(name, structure, estimator, rank=None):
+    """F of each layer and the number of examples, of all of the data or of a process's share."""
+    case = Case(name)
+    if rank is not None:
+        case.x, case.y = (t.split(SHARES)[rank] for t in (case.x, case.y))
+    curvature = case.fit(size=5, structure=structure, estimator=estimator)
+    return {"F": [P.to_dense() for P in curvature.operator.blocks], "examples": curvature.examples}
+
+
+def one_process(rank, world, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        found: dict = {repr(fit): fitted(*fit, rank) for fit in FITS}
+        try:
+            fitted("mlp", "block-tridiagonal", "exact", rank)
+        except ValueError as error:
+            found["refused"] = str(error)
+        torch.save(found, f"{folder}/{rank}")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("curvature")
+    torch.multiprocessing.spawn(one_process, (WORLD, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("fit", FITS, ids=" ".join)
+def test_two_processes_give_what_one_gives_on_all_of_the_data(processes, fit):
+    expected = fitted(*fit)
+    for process in processes:
+        assert process[repr(fit)]["examples"] == expected["examples"] == N
+        for F, one in zip(process[repr(fit)]["F"], expected["F"], strict=True):
+            assert float((F - one).abs().max()) <= 1e-12 * float(one.abs().max())
+    assert all(map(torch.equal, processes[0][repr(fit)]["F"], processes[1][repr(fit)]["F"]))
+
+
+def test_a_chain_in_several_processes_is_refused(processes):
+    assert all("takes all of the data in one process" in process["refused"] for process in processes)
