@@ -183,6 +183,25 @@ def test_the_gradient_of_the_evidence_in_delta_passes_through():
     close(delta.grad, torch.trace(torch.linalg.inv(P)), float(torch.linalg.cond(P)))
 
 
+@every_model
+@both
+def test_the_determinant_is_that_of_the_shifted_operator(name, structure):
+    curvature = Case(name).fit(structure=structure)
+    each = torch.arange(1.0, len(curvature.eigen) + 1, dtype=torch.float64)
+    for delta in (1e-200, 1e-30, 1e-9, 0.3, 1e40, each[0] / 3, each, each.tolist()):
+        close(curvature.logdet(delta, scale=float(N)), curvature.shifted(delta, scale=float(N)).logdet())
+    delta, scale = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 2.0))
+    pairs = [
+        torch.autograd.grad(of(delta, scale=scale), (delta, scale))
+        for of in (curvature.logdet, lambda *a, **k: curvature.shifted(*a, **k).logdet())
+    ]
+    for found, expected in zip(*pairs, strict=True):
+        close(found, expected)
+    P = N * curvature.operator.to_dense() + 0.3 * eye(sum(b.diagonal().numel() for b in curvature.operator.blocks))
+    close(curvature.logdet(0.3, scale=N), torch.logdet(P))
+    assert Case(name, torch.float32).fit().logdet(0.3).dtype == torch.float32
+
+
 def test_a_mask_leaves_positions_out():
     case = Case("words")
     x = torch.cat([case.x, torch.full((N, 2), 6)], 1)
@@ -280,6 +299,11 @@ def test_mistakes_are_refused():
     for delta, what in ((0.0, "delta is 0.0"), (-1, "delta is -1"), ([1.0], "delta has 1 items"), ("a", "delta")):
         with pytest.raises(ValueError, match=what):
             curvature.shifted(delta)
+    for bad in (0.0, -1):
+        with pytest.raises(ValueError, match="delta is"):
+            curvature.logdet(bad)
+        with pytest.raises(ValueError, match="scale is"):
+            curvature.logdet(1.0, scale=bad)
     with pytest.raises(ValueError, match=r"delta is 0, expected a number > 0"):
         curvature.scores(case.loader(), case.loader(), damping=0)
     with pytest.raises(ValueError, match="queries is empty"):
