@@ -19,7 +19,7 @@ ONE_THREAD += XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
 unexport PYTHONPATH PYTHONHOME
 
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
-FIGURES += resnet_digits docstring_language_model
+FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
 
 .PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs dist bench performance plots clean
 .DEFAULT_GOAL := help
