@@ -7,7 +7,8 @@ Read in this order: `factors` (what is measured), `damping`, `kronecker` (one la
 
 from . import spd, testing
 from ._backends import LinAlgError, assert_finite, show_config
-from .algorithm import KFACState, Problem, StepInfo, kfac_step
+from ._records import KFACState, Schedule, StepInfo
+from .algorithm import Problem, kfac_iteration, kfac_report, kfac_step
 from .averages import averaging_decay, moving_average, update_factors
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
 from .cholesky_inverse import CholeskyInverse
@@ -57,6 +58,7 @@ __all__ = [
     "OuterProduct",
     "Problem",
     "QuadraticFit",
+    "Schedule",
     "StepInfo",
     "Structure",
     "Tridiagonal",
@@ -70,6 +72,8 @@ __all__ = [
     "fit_quadratic",
     "homogeneous",
     "inner_products",
+    "kfac_iteration",
+    "kfac_report",
     "kfac_step",
     "levenberg_marquardt",
     "low_rank",

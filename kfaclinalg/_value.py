@@ -98,6 +98,24 @@ def parts_of(x: Any) -> dict[str, Any] | None:
     return None if names is None else {name: getattr(x, name) for name in names}
 
 
+def chosen(condition: Any, one: Callable[[], T], other: Callable[[], T]) -> T:
+    """What one of two functions makes: of a Python condition that one alone, of a 0-d array the entries of both."""
+    if isinstance(condition, bool):
+        return one() if condition else other()
+    return where(condition, one(), other())
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Each entry of x where the condition, a 0-d array, holds, else of y, which is of one structure with it or None."""
+    if x is y or y is None:
+        return x
+    one, other = parts_of(x), parts_of(y)
+    if one is None or other is None:
+        return _backends.where(condition, x, y)
+    items = [where(condition, one[name], other[name]) for name in one]
+    return tuple(items) if type(x) is tuple else type(x)(*items)
+
+
 def _has_placeholders(x: Any) -> bool:
     """Whether a framework is rebuilding it, with something else in the place of its arrays."""
     while name := _first_field.get(type(x)):

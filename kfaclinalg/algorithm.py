@@ -1,22 +1,25 @@
-"""Algorithm 2 of the paper, written once, over a `Problem` that an adapter supplies."""
+"""Algorithm 2 of the paper, written once, over a `Problem` that an adapter supplies.
+
+An iteration has three parts: a `Schedule`, which is Python's; `kfac_iteration`, which is a pure function of arrays and
+may be compiled whole; and a report, the one place that waits for the device. `kfac_step` is the three of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from . import _backends, _checks, _guards, _network
-from ._best_step import Matrices, Model, best_step, square_of
+from ._backends import Scalars
+from ._best_step import Candidate, Matrices, Model, best_step, square_of
+from ._records import KFACState, Schedule, StepInfo
+from ._verdict import Attempt, Before, Measured, verdict
 from .averages import averaging_decay, moving_average
 from .factors import Factors
 from .options import KFACOptions
 from .outer_product import OuterProduct
-from .quadratic import levenberg_marquardt, reduction_ratio
-from .structures import Structure
-
-MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
 
 class Problem(Protocol):
@@ -39,35 +42,6 @@ class Problem(Protocol):
 
     def loss(self, weights: Matrices) -> Any:
         """h alone."""
-
-
-class KFACState(NamedTuple):
-    """What the next step needs."""
-
-    iteration: int  # k of the last step that was taken
-    damping: float  # λ
-    gamma: float  # γ
-    factors: Factors | None = None  # the moving averages
-    inverse: Any = None  # of the curvature, as last refreshed
-    update: Matrices | None = None  # δ0
-    curvature_fraction: float = 1.0  # τ2 of the next problem
-    ceiling: float = math.inf  # what refused steps may raise λ to
-    fitted: Any = None  # what the inverse is made of, where that changes between refreshes
-
-
-class StepInfo(NamedTuple):
-    """What happened in one step, for the reader. `loss` is h before it, weight decay included."""
-
-    loss: float
-    damping: float
-    gamma: float
-    alpha: float
-    mu: float
-    change: float  # M(δ) - M(0)
-    ratio: float  # ρ; NaN where it was not computed
-    update_norm: float
-    refreshed: bool
-    refused: str  # why the step was not taken, or ""
 
 
 def kfac_step(
@@ -96,88 +70,112 @@ def kfac_step(
     """
     _checks.check_class("options", options, KFACOptions)
     _checks.check_class("state", state, KFACState, type(None))
+    state = KFACState.start(options) if state is None else state
+    due = Schedule.at(state.iteration + 1, options)
+    weights, state, info = _iteration(problem, (weights, state), options, due, _backends.values)
+    damping, gamma = _backends.values(state.damping, state.gamma)
+    return weights, state._replace(damping=damping, gamma=gamma), kfac_report(info)
+
+
+def kfac_iteration(
+    problem: Problem, weights: Matrices, state: KFACState, options: KFACOptions, schedule: Schedule, /
+) -> tuple[Matrices, KFACState, StepInfo]:
+    """`kfac_step` with what is due in it given, and no value looked at: its numbers are 0-d arrays.
+
+    Whether a step is refused is decided in the arrays too, so that `jax.jit` compiles it whole, the options and the
+    schedule static; the state of a run without a step has no arrays to go back to, and takes zeros for them. The flops
+    are those of `kfac_step`, and one pass over the state. `kfac_report` reads the info.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or arrays that do not fit.
+
+    >>> import numpy as np
+    >>> from kfaclinalg_mlp import MLP
+    >>> a, options = np.ones((4, 1)), KFACOptions()
+    >>> problem = MLP(("identity",), "gaussian").problem(a, 3 * a, rng=np.random.default_rng(0))
+    >>> first = KFACState.start(options), options, Schedule.at(1, options)
+    >>> weights, state, info = kfac_iteration(problem, (np.zeros((1, 2)),), *first)
+    >>> kfac_report(info).loss
+    4.5
+    """
+    _checks.check_class("options", options, KFACOptions)
+    _checks.check_class("state", state, KFACState)
+    _checks.check_class("schedule", schedule, Schedule)
+    return _iteration(problem, (weights, state), options, schedule, lambda *measured: measured)
+
+
+def kfac_report(info: StepInfo, /) -> StepInfo:
+    """The info of `kfac_iteration` in Python's numbers: the device is waited for once. No flops.
+
+    Raises:
+        TypeError: it is no `StepInfo`.
+
+    >>> kfac_report(StepInfo(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, math.nan, 0.0, False, 1.0)).refused
+    'the loss is not finite'
+    """
+    _checks.check_class("info", info, StepInfo)
+    known = StepInfo(*_backends.values(*info))
+    return known._replace(refreshed=bool(known.refreshed), refused=_guards.REASONS[int(known.refused)])
+
+
+def _iteration(
+    problem: Problem, old: Before, options: KFACOptions, due: Schedule, read: Callable[..., Sequence[Any]]
+) -> tuple[Matrices, KFACState, StepInfo]:
+    """`read` is what becomes of the numbers before they decide."""
+    weights, state = old
     _network.check_problem(problem, weights)
-    state = _start(options) if state is None else state
-    k, eta = state.iteration + 1, options.weight_decay
+    b, eta = _backends.resolve(W=weights[0]), options.weight_decay
     h, gradient = problem.loss_and_gradient(weights)
     dense = tuple(g.to_dense() if isinstance(g, OuterProduct) else g for g in gradient)
     if eta:
         # η W is of full rank: to precondition it by itself would cost as much as the whole, so nothing stays factored.
         gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
-    structure = options.structure_value
-    epsilon = averaging_decay(k, maximum=options.averaging_maximum)
-    statistics = problem.factors(weights, structure.linked)
-    factors = moving_average(state.factors, statistics, decay=epsilon)
-    refreshed = k % options.inverse_period == 0 or k <= 3
-    fitted = structure.fitted(factors, state.fitted) if refreshed else state.fitted
-    if structure.observes:
-        fitted = structure.observed(fitted, _squared_gradients(problem, fitted), decay=epsilon)
-    renewed = refreshed or structure.observes
-    inverses = _inverses(k, structure, fitted, state, options) if renewed else {state.gamma: state.inverse}
-    last = () if state.update is None else (state.update,)
-    candidates = {gamma: (P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses.items()}
+    statistics = problem.factors(weights, options.structure_value.linked)
+    averages = _averaged(problem, statistics, state, options, due)
+    inverses = _inverses(averages, options, due)
+    candidates = [Candidate(gamma, P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses]
     model = Model(partial(problem.curvature_gram, weights), dense, state.damping + eta)
-    beside = h, square_of(weights), _guards.are_finite(statistics)
-    step, (h, square, finite) = best_step(model, candidates, last, beside)
+    step, update = best_step(model, candidates, () if state.update is None else (state.update,))
+    moved = tuple(W + delta for W, delta in zip(weights, update, strict=True))
 
-    loss, eps = h + 0.5 * eta * square, _backends.resolve(W=weights[0]).eps
-    moved = tuple(W + delta for W, delta in zip(weights, step.update, strict=True))
-    refused = _guards.refusal(loss, finite, step.change, step.norm)
-    ratio, damping, tau2 = math.nan, state.damping, state.curvature_fraction
-    if k % options.damping_period == 0 and not refused:
-        h_after, square_after = _backends.values(problem.loss(moved), square_of(moved))
-        loss_after = h_after + 0.5 * eta * square_after
-        refused = "" if math.isfinite(loss_after) else _guards.NO_LOSS_AFTER
-        ratio = reduction_ratio(loss, loss_after, step.change)
-        if _guards.is_noise(step.change, step.norm, loss, math.sqrt(square), eps):
-            damping = max(options.omega1 * damping, min(damping, options.damping))  # back from where it was raised to
-        else:
-            damping = levenberg_marquardt(damping, ratio, omega=options.omega1)
-            tau2 = tau2 if ratio >= MISLED else min(2 * tau2, 1.0)
-        damping = max(damping, eta)  # a guard
+    def whole(h: Any, square: Any) -> Any:
+        return _backends.beside(b, h) + 0.5 * eta * square
 
-    fit = step.alpha, step.mu, step.change, ratio, step.norm
-    info = StepInfo(loss, state.damping, step.gamma, *fit, refreshed, refused)
-    if refused:
-        no_step = info._replace(alpha=0.0, mu=0.0, change=0.0, update_norm=0.0, refreshed=False)
-        return weights, _more_damped(state, options, info, statistics), no_step
-    update = step.update if options.momentum == "quadratic-model" else None
-    ceiling = _guards.RISE * damping
-    kept = fitted if structure.observes else None
-    return moved, KFACState(k, damping, step.gamma, factors, step.inverse, update, tau2, ceiling, kept), info
+    square = square_of(weights)
+    after = whole(problem.loss(moved), square_of(moved)) if due.adapt else 0.0
+    alpha, mu, *_ = *(step.coefficients[j] for j in range(step.coefficients.shape[0])), 0.0
+    numbers = step.candidate.gamma, alpha, mu, step.change, step.square, square, after
+    measured = Measured(*read(whole(h, square), _guards.are_finite(statistics), *numbers))
+    kept = update if options.momentum == "quadratic-model" else None
+    fitted = averages.fitted if options.structure_value.observes else None
+    new = averages._replace(inverse=step.candidate.inverse, update=kept, fitted=fitted)
+    return verdict(Attempt(moved, new, statistics), measured, old, options, due)
 
 
-def _start(options: KFACOptions) -> KFACState:
-    eta = options.checked().weight_decay
-    damping = max(options.damping, eta)
-    first = KFACState(0, damping, math.sqrt(damping + eta), ceiling=_guards.RISE * damping)
-    return first._replace(curvature_fraction=options.curvature_fraction)
+def _averaged(problem: Any, statistics: Factors, state: KFACState, options: KFACOptions, due: Schedule) -> KFACState:
+    """The state with the factors, and what is fitted to them, of this iteration."""
+    k, structure = state.iteration + 1, options.structure_value
+    epsilon = averaging_decay(k, maximum=options.averaging_maximum)
+    factors = moving_average(state.factors, statistics, decay=epsilon)
+    fitted = structure.fitted(factors, state.fitted) if due.refresh else state.fitted
+    if structure.observes:
+        if not callable(getattr(problem, "squared_gradients", None)):
+            raise TypeError(f"problem is a {type(problem).__name__}, expected one with a method squared_gradients")
+        fitted = structure.observed(fitted, problem.squared_gradients(fitted), decay=epsilon)
+    return state._replace(iteration=k, factors=factors, fitted=fitted)
 
 
-def _inverses(k: int, structure: Structure, fitted: Any, state: KFACState, options: KFACOptions) -> dict[float, Any]:
-    """The inverse for γ and, every T2 iterations, for ω2 γ and γ/ω2 (Section 6.6).
+def _inverses(averages: KFACState, options: KFACOptions, due: Schedule) -> Iterator[tuple[Scalars, Any]]:
+    """γ and the inverse for it and, where that is due, for ω2 γ and γ/ω2 (Section 6.6).
 
     γ >= √η is a guard beyond the paper, whose rule may follow the noise of τ2 < 1 down to where a step blows up.
     """
-    gamma, omega2 = state.gamma, options.omega2
-    gammas = [gamma, omega2 * gamma, gamma / omega2] if k % options.gamma_period == 0 else [gamma]
+    structure, omega2 = options.structure_value, options.omega2
+    gamma = averages.gamma
+    if not (due.refresh or structure.observes):
+        yield gamma, averages.inverse
+        return
     floor = math.sqrt(options.weight_decay)
-    return {gamma: structure.inverse(fitted, gamma) for gamma in (max(g, floor) for g in gammas)}
-
-
-def _squared_gradients(problem: Any, bases: Any) -> Any:
-    if not callable(getattr(problem, "squared_gradients", None)):
-        raise TypeError(f"problem is a {type(problem).__name__}, expected one with a method squared_gradients")
-    return problem.squared_gradients(bases)
-
-
-def _more_damped(state: KFACState, options: KFACOptions, info: StepInfo, statistics: Factors) -> KFACState:
-    """The state with a larger λ, and a larger γ where a new inverse may be at fault."""
-    damping = _guards.raised(state.damping, options.omega1, state.ceiling, info.refused)
-    if info.refused != _guards.NO_UPDATE:
-        return state._replace(damping=damping)
-    least, largest = _guards.strengths(statistics)
-    gamma = state.gamma or math.sqrt(least)  # 0 does not rise
-    if info.refreshed and state.gamma:
-        gamma = max(gamma, min(gamma / options.omega2, math.sqrt(largest)))
-    return state._replace(damping=damping or least, gamma=gamma)
+    for tried in (gamma, omega2 * gamma, gamma / omega2) if due.sweep else (gamma,):
+        bounded = _guards.at_least(floor, tried)
+        yield bounded, structure.inverse(averages.fitted, bounded)

@@ -364,8 +364,9 @@ def test_gamma_is_tried_as_it_is_smaller_and_larger(best, monkeypatch):
             tried.append(gamma)
             return super().inverse(fitted, gamma)
 
-    monkeypatch.setattr(_best_step, "min", lambda indices, key: best, raising=False)
     options = KFACOptions(Recording(), damping=1.0, gamma_period=1, inverse_period=1, weight_decay=0.0)
+    gamma = (1.0, options.omega2, 1 / options.omega2)[best]
+    monkeypatch.setattr(_best_step, "_lower", lambda x, y: y if y.candidate.gamma == gamma else x)
     _, state, _ = run(LinearRegression(NUMPY), options, 1)
     assert tried == [1.0, options.omega2, 1 / options.omega2]
     assert state.gamma == tried[best]

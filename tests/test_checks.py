@@ -77,5 +77,7 @@ def test_both_habits_catch_linalgerror():
 
 @every_backend
 def test_picked(b):
-    x = np.arange(9.0).reshape(3, 3)
-    np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x), [2, 0])), x[np.ix_([2, 0], [2, 0])])
+    x, picks = np.arange(9.0).reshape(3, 3), [[2, 0], [0, 1]]
+    np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x), picks)), [x[np.ix_(p, p)] for p in picks])
+    np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x[0]), picks)), [x[0][p] for p in picks])
+    np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x), [[0, 1, 2]])), x[None])

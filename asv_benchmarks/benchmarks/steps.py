@@ -142,3 +142,4 @@ class PreconditionerAdamwSampled(_Step):
 
 
 OPERATIONS = {"kfac_step": KfacStepOfMlp, "KFAC": Kfac, "KFACPreconditioner": PreconditionerSgdEmpirical}
+OPERATIONS |= {"kfac_iteration": KfacStepOfMlp, "kfac_report": KfacStepOfMlp}  # which `kfac_step` is made of

@@ -51,7 +51,7 @@ from .routines import (
     substituted,
     updated_moment,
 )
-from .scalars import count, scalar, weight
+from .scalars import beside, count, is_finite, scalar, weight, where
 from .stacking import each
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "assert_finite",
     "formula",
     "back_substitution",
+    "beside",
     "backend_of",
     "cholesky",
     "completed",
@@ -83,6 +84,7 @@ __all__ = [
     "inverse",
     "inverse_of_factor",
     "inverse_root",
+    "is_finite",
     "kept",
     "kron",
     "left_singular",
@@ -110,5 +112,6 @@ __all__ = [
     "updated_moment",
     "values",
     "weight",
+    "where",
     "widest",
 ]

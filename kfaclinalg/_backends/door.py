@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,10 +143,12 @@ def check_place(b: Backend, name: str, x: Array, like: str = "the others") -> No
         raise ValueError(f"{name} is on device {place}, expected {b.device}, as {like}")
 
 
-def picked(x: Array, indices: Sequence[int]) -> Array:
-    """x[i, j, ...] for i, j, ... in `indices` alone, on every axis."""
-    b = resolve(x=x)
-    along = b.xp.asarray(indices, device=b.device)
-    for axis in range(x.ndim):
-        x = b.xp.take(x, along, axis=axis)
-    return x
+def picked(x: Array, picks: Sequence[Sequence[int]]) -> Array:
+    """Of x (n, n, ...) the parts x[i, j, ...] for i, j, ... in each of `picks`, which are of one length, as a batch."""
+    b, n = resolve(x=x), x.shape[0]
+    if list(picks) == [[*range(n)]]:
+        return x[None, ...]
+    indices = (at for pick in picks for at in product(pick, repeat=x.ndim))
+    places = [sum(i * n**axis for axis, i in enumerate(reversed(at))) for at in indices]
+    parts = b.xp.take(b.xp.reshape(x, (-1,)), b.xp.asarray(places, device=b.device))
+    return b.xp.reshape(parts, (len(picks), *(len(picks[0]),) * x.ndim))
