@@ -23,6 +23,7 @@ def table():
 RANKS = table()
 OWN = {
     "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm", "scipy", "laplace"},
+    "kfaclinalg_jax": {"jax", "kfaclinalg", "numpy", "optax"},
     "kfaclinalg_mlp": {"array_api_compat", "kfaclinalg"},
 }
 

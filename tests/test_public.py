@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kfaclinalg
+import kfaclinalg_jax
 import kfaclinalg_mlp
 import kfaclinalg_torch
 from kfaclinalg import spd
@@ -31,7 +32,7 @@ named = pytest.mark.parametrize(
 
 def test_the_contract_is_exported():
     assert set(kfaclinalg.__all__) >= CONTRACT
-    for package in (kfaclinalg, kfaclinalg_mlp, kfaclinalg_torch):
+    for package in (kfaclinalg, kfaclinalg_jax, kfaclinalg_mlp, kfaclinalg_torch):
         assert all(hasattr(package, name) for name in package.__all__)
         public = {
             name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)
@@ -134,7 +135,7 @@ def test_the_fields_of_the_records_are_the_contract():
 
 
 def test_the_packages_are_typed():
-    for folder in ("kfaclinalg", "adapters/kfaclinalg_mlp", "adapters/kfaclinalg_torch"):
+    for folder in ("kfaclinalg", "adapters/kfaclinalg_jax", "adapters/kfaclinalg_mlp", "adapters/kfaclinalg_torch"):
         assert (ROOT / folder / "py.typed").exists()
 
 

@@ -1,0 +1,22 @@
+"""K-FAC for JAX, whichever library wrote the network: `Network` finds its layers and takes their statistics.
+
+Read in this order: `_views` and `_find` (a parameter followed through the program of a function), `_rules` (the
+equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A and G), and `_network`.
+"""
+
+from ._estimators import Empirical, ExactFisher, Sampled
+from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ._network import Network
+from ._statistics import Statistics
+
+__all__ = [
+    "Network",
+    "Statistics",
+    "Sampled",
+    "ExactFisher",
+    "Empirical",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+]

@@ -1,0 +1,28 @@
+"""The gradient of W as the sum of products of what a site has shown: the identity that K-FAC stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from ._layers import Layer, Use
+from ._moments import Shown
+
+
+def gradient_of_rows(shown: Shown, layer: Layer, g: Mapping[Any, Any]) -> Any:
+    """Σ g aᵀ (*stack, [batch], m, n) over all examples and positions."""
+    if layer.kind == "scale":
+        return shown.slopes(layer, g).sum(layer.stack)[..., None]
+    terms = [_of_use(shown, layer, use, g) for use in layer.uses]
+    return sum(terms[1:], terms[0])
+
+
+def _of_use(shown: Shown, layer: Layer, use: Use, g: Mapping[Any, Any]) -> Any:
+    total: Any = 0.0
+    for a, s in zip(shown.inputs(layer, use), shown.outputs(layer, use, g), strict=True):
+        n = layer.shape[-2 if use.turned else -1]
+        one_hot = (a == jnp.arange(n)).astype(s.dtype) if use.is_table else a
+        total = total + jnp.einsum("...nri,...nrj->...ij", s, one_hot)
+    return total.mT if use.turned else total

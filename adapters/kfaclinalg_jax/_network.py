@@ -1,0 +1,173 @@
+"""A function of parameters and inputs as K-FAC sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._estimators import Empirical, estimator_of
+from ._gradients import gradient_of_rows
+from ._likelihoods import likelihood_of
+from ._moments import Shown
+from ._sites import wide
+from ._statistics import Statistics, statistics_of
+from ._traced import Traced, example_axes
+
+KEPT = ("moments", "rows")
+
+
+class Network:
+    """f(params, *inputs) -> outputs with the layers that were found in it, whichever library wrote it.
+
+    f is traced, and every parameter is followed to the equations that use it. A product or a convolution with something
+    that is no parameter is a layer, with the bias that is added to it; so are the rows that are taken from a table, and
+    factors and terms for each channel (the scale and shift of a normalisation, an embedding of positions). `jit` and
+    `remat` are looked into. Weights that a `scan` slices are a batch of matrices; those that it, or a second call, uses
+    again see more rows. All other parameters get the diagonal of their Fisher matrix.
+
+    Args:
+        f: a pure function of any pytree of parameters, and of arrays of which the first dimension counts the examples.
+        likelihood: of the outputs: "categorical" (logits in the last dimension), "bernoulli", "gaussian", or an object
+            with the methods of `kfaclinalg_jax.Likelihood`.
+        example: (params, *inputs), arrays or `jax.ShapeDtypeStruct`: what f is called with.
+        estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
+            itself; `ExactFisher()`, "exact": the expectation over them; `Empirical()`, "empirical": of the loss itself.
+        keep: what statistics hold, "moments", or "rows" too, which the structure "eigen" needs.
+
+    Attributes:
+        layers: the shape of W (*stack, [batch], m, n) by the path of the weight; the bias is the last column.
+        skipped: why a parameter has no layer, by its path: the primitive that uses it, and the line of the source.
+
+    Raises:
+        TypeError, ValueError: a wrong option, or no layer at all; the message lists what was skipped.
+
+    >>> def f(params, x):
+    ...     return jnp.tanh(x @ params["W"] + params["b"]) @ params["V"]
+    >>> params = {"W": jnp.ones((2, 3)), "b": jnp.zeros(3), "V": jnp.ones((3, 4))}
+    >>> net = Network(f, "categorical", example=(params, jnp.ones((8, 2))))
+    >>> net.layers
+    {'V': (4, 3), 'W': (3, 3)}
+    >>> x, y, key = jnp.ones((8, 2)), jnp.zeros(8, int), jax.random.key(0)
+    >>> loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+    >>> statistics.moments["W"].A.shape
+    (3, 3)
+    """
+
+    def __init__(
+        self, f: Callable[..., Any], likelihood: Any, *, example: Any, estimator: Any = "sampled", keep: str = "moments"
+    ) -> None:
+        if not callable(f):
+            raise TypeError(f"f is {f!r}, expected a function of params and inputs")
+        if not isinstance(example, tuple | list) or len(example) < 2:
+            raise TypeError(f"example is a {type(example).__name__}, expected (params, *inputs)")
+        if keep not in KEPT:
+            raise ValueError(f"keep is {keep!r}, expected one of {', '.join(map(repr, KEPT))}")
+        self.f, self.likelihood, self.keep = f, likelihood_of(likelihood), keep
+        self.estimator = estimator_of(estimator, self.likelihood)
+        params, *inputs = jax.tree.map(_shape_of, tuple(example))
+        self._examples = example_axes(f, params, inputs)
+        self.example = Traced(f, params, inputs, self._examples)
+        self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
+        self.skipped = self.example.assembly.skipped
+        if not self.layers:
+            listed = "; ".join(f"{name}: {why}" for name, why in self.skipped.items())
+            raise ValueError(f"f has no layer, expected one at least. Skipped: {listed or 'nothing, params are empty'}")
+
+    def value_grad_and_statistics(self, params: Any, x: Any, y: Any, *, key: Any = None) -> tuple[Any, Any, Statistics]:
+        """The mean loss, its gradient shaped like params, and the statistics of this batch.
+
+        Args:
+            params: as in the example.
+            x: the input, or a tuple of inputs.
+            y: the targets, as the likelihood takes them.
+            key: the source of the sampled targets and of random signs. None: the empirical estimator needs none, where
+                every parameter has a layer.
+
+        Raises:
+            ValueError: x and y do not fit, f has other layers at this batch, or the key is missing.
+        """
+        inputs = x if isinstance(x, tuple) else (x,)
+        traced = self.traced(params, inputs)
+        leaves, tree = jax.tree.flatten(params)
+        outputs, pull, seen = jax.vjp(
+            lambda leaves, probes: traced.run(leaves, inputs, probes), leaves, traced.probes(), has_aux=True
+        )
+        numbers = jax.tree.map(wide, outputs)
+        if check := getattr(self.likelihood, "check", None):
+            check(numbers, y)
+        loss, first = jax.value_and_grad(self.likelihood.loss)(numbers, y)
+
+        def back(cotangent: Any) -> Any:
+            return pull(jax.tree.map(lambda g, z: g.astype(z.dtype), cotangent, outputs))
+
+        gradient, probes = back(first)
+        shown = Shown(seen, traced.N, traced.dtypes)
+        if isinstance(self.estimator, Empirical) and not _has_entries(traced):
+            draws, first_draw = 1, jax.tree.map(lambda g: traced.N * g, (gradient, probes))
+            statistics = statistics_of(traced, shown, self.keep, draws, lambda draw: first_draw)
+        elif key is None:
+            raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
+        else:
+
+            def shown_by(draw: Any) -> Any:
+                return back(self.estimator.cotangent(self.likelihood, numbers, y, draw, key))
+
+            statistics = statistics_of(traced, shown, self.keep, self.estimator.draws(numbers), shown_by)
+        return loss, jax.tree.unflatten(tree, gradient), statistics
+
+    def check(self, params: Any, x: Any) -> dict[str, float]:
+        """Whether Σ g aᵀ is the gradient, for a random cotangent of the outputs: the relative error of each layer.
+
+        Raises:
+            ValueError: for a layer it is not, to a thousand times the rounding of its rows.
+        """
+        inputs = x if isinstance(x, tuple) else (x,)
+        errors = {name: float(e) for name, e in jax.jit(self._errors)(params, inputs).items()}
+        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps)
+        if wrong := {name: e for name, e in errors.items() if not e <= 1e3 * eps}:
+            raise ValueError(f"Σ g aᵀ is not the gradient, by these relative errors: {wrong}")
+        return errors
+
+    def traced(self, params: Any, inputs: Any) -> Traced:
+        """The program for this batch.
+
+        Raises:
+            ValueError: it has other layers than that of the example.
+        """
+        traced = Traced(self.f, params, inputs, self._examples)
+        came, expected = (
+            {layer.name: (layer.kind, layer.shape) for layer in t.assembly.layers} for t in (traced, self.example)
+        )
+        if came != expected:
+            other = sorted(came.items() ^ expected.items())
+            raise ValueError(f"f has other layers at these params and inputs than at the example: {other}")
+        return traced
+
+    def _errors(self, params: Any, inputs: Any) -> dict[str, Any]:
+        traced = self.traced(params, inputs)
+        leaves, tree = jax.tree.flatten(params)
+        outputs, pull, seen = jax.vjp(
+            lambda leaves, probes: traced.run(leaves, inputs, probes), leaves, traced.probes(), has_aux=True
+        )
+        _, expected = jax.vjp(lambda leaves: self.f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
+        keys = iter(jax.random.split(jax.random.key(0), jax.tree.structure(outputs).num_leaves))
+        cotangent = jax.tree.map(lambda z: jax.random.normal(next(keys), z.shape, z.dtype), outputs)
+        (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
+        shown, errors = Shown(seen, traced.N, traced.dtypes), {}
+        for layer in traced.assembly.layers:
+            if layer.kind != "entries":
+                came, true = gradient_of_rows(shown, layer, probes).ravel(), layer.matrix(gradient).ravel()
+                norm = jnp.linalg.norm(true)
+                errors[layer.name] = jnp.linalg.norm(came - true) / jnp.where(norm == 0, 1, norm)
+        return errors
+
+
+def _has_entries(traced: Traced) -> bool:
+    return any(layer.kind == "entries" for layer in traced.assembly.layers)
+
+
+def _shape_of(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))

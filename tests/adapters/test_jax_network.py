@@ -1,0 +1,184 @@
+"""The layers of a function, and their factors, against gradients of single examples and the other adapter's."""
+
+import backends  # noqa: F401 - JAX in float64
+import jax
+import jax.numpy as jnp
+import jax_models
+import numpy as np
+import pytest
+import torch
+from jax import lax
+from torch import nn
+
+from kfaclinalg_jax import Network, Sampled
+from kfaclinalg_torch import KFACPreconditioner
+
+KEY = jax.random.key(2)
+
+
+def shortened(layers, expected):
+    """By the end of the path that the table has."""
+    ends = {name: max((end for end in expected if name.endswith(end)), key=len, default=name) for name in layers}
+    return {ends[name]: shape for name, shape in layers.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", jax_models.MODELS, ids=lambda model: model.__name__)
+def test_every_parameter_has_a_layer_or_is_listed(model):
+    f, params, x, layers, skipped = model()
+    net = Network(f, "gaussian", example=(params, x))
+    assert shortened(net.layers, layers) == layers
+    assert list(net.skipped) == skipped
+    assert all("jax_models.py:" in why or "JAX itself" in why for why in net.skipped.values())
+    net.check(params, x)
+    y = jnp.ones(jax.eval_shape(f, params, x).shape)
+    statistics = jax.eval_shape(lambda p: net.value_grad_and_statistics(p, x, y, key=KEY), params)[2]
+    assert statistics.moments.keys() >= net.layers.keys()
+
+
+@pytest.mark.parametrize("name", ["scanned_layers", "an_example_at_a_time"])
+def test_the_loss_and_its_gradient_are_those_of_the_function(name):
+    f, params, x, _, _ = getattr(jax_models, name)()
+    net, y = Network(f, "gaussian", example=(params, x)), jnp.ones(jax.eval_shape(f, params, x).shape)
+    came = jax.jit(lambda p: net.value_grad_and_statistics(p, x, y, key=KEY)[:2])(params)
+    expected = jax.value_and_grad(lambda p: net.likelihood.loss(f(p, x), y))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), came, expected)
+
+
+def test_check_finds_a_gradient_that_is_none_of_products():
+    """A rule that disagrees with its function, which is looked into as if it had none."""
+
+    @jax.custom_jvp
+    def dense(x, W):
+        return x @ W
+
+    dense.defjvp(lambda primals, tangents: (primals[0] @ primals[1], 2 * primals[0] @ tangents[1]))
+    params, x = {"W": jnp.ones((3, 2))}, jax_models.inputs(3)
+    net = Network(lambda p, x: dense(x, p["W"]), "gaussian", example=(params, x))
+    with pytest.raises(ValueError, match=r"not the gradient.*'W'"):
+        net.check(params, x)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_the_factors_are_those_of_the_gradients_of_single_examples(estimator):
+    """The bias's gradient of an example is g, the weight's is a gᵀ: no forward pass of ours is needed."""
+    f, params, x, _, _ = jax_models.mlp()
+    y = jnp.asarray([0, 1, 1, 0])
+    net = Network(f, "categorical", example=(params, x), estimator=estimator)
+    _, _, statistics = jax.jit(net.value_grad_and_statistics)(params, x, y, key=KEY)
+
+    def loss(p, x, c):
+        return -jax.nn.log_softmax(f(p, x[None])[0])[c]
+
+    gradients = [jax.vmap(jax.grad(loss), (None, 0, None))(params, x, c) for c in range(2)]
+    probabilities = jax.nn.softmax(f(params, x)) if estimator == "exact" else jax.nn.one_hot(y, 2)
+    for weight, bias in ("Wb", "Vc"):
+        a = jnp.einsum("nij,nj->ni", gradients[0][weight], gradients[0][bias])
+        a = jnp.concatenate([a / jnp.square(gradients[0][bias]).sum(1, keepdims=True), jnp.ones((4, 1))], 1)
+        A, G = statistics.moments[weight]
+        np.testing.assert_allclose(A, jnp.einsum("ni,nj->ij", a, a) / 4, rtol=1e-12)
+        expected = sum(
+            jnp.einsum("n,ni,nj->ij", probabilities[:, c], g[bias], g[bias]) for c, g in enumerate(gradients)
+        )
+        np.testing.assert_allclose(G, expected / 4, rtol=1e-11, atol=1e-14)
+
+
+def test_the_fallback_is_the_diagonal_of_the_fisher_matrix():
+    """In the mean over many samples."""
+    params, x = {"z": jnp.asarray([0.3, -0.2]), "V": jnp.ones((2, 3))}, jax_models.inputs(2)
+
+    def f(p, x):
+        return x * jnp.exp(p["z"]) @ p["V"]
+
+    net = Network(f, "gaussian", example=(params, x), estimator=Sampled(4000))
+    moments = net.value_grad_and_statistics(params, x, jnp.zeros((4, 3)), key=KEY)[2].moments
+    J = jax.vmap(lambda x: jax.jacobian(lambda z: f({"z": z, "V": params["V"]}, x))(params["z"]))(x)
+    np.testing.assert_allclose(moments["z"].G.d, jnp.square(J).sum((0, 1)) / 4, rtol=0.1)
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.second = nn.Conv2d(4, 6, 2, groups=2, dilation=(1, 2))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))).mean((2, 3)))
+
+
+def images(p, x):
+    dims = ("NCHW", "OIHW", "NCHW")
+    x = lax.conv_general_dilated(x, p["first.weight"], (2, 1), ((1, 1), (0, 0)), dimension_numbers=dims)
+    x = jnp.tanh(x + p["first.bias"][:, None, None])
+    options = {"rhs_dilation": (1, 2), "feature_group_count": 2, "dimension_numbers": dims}
+    x = lax.conv_general_dilated(x, p["second.weight"], (1, 1), "VALID", **options)
+    return jnp.tanh(x + p["second.bias"][:, None, None]).mean((2, 3)) @ p["last.weight"].T + p["last.bias"]
+
+
+class Texts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.linear = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.table(x)))
+
+
+def texts(p, x):
+    x = p["table.weight"][x]
+    x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+    return (x * p["norm.weight"] + p["norm.bias"]) @ p["linear.weight"].T + p["linear.bias"]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("kind", "f", "x"), [(Images, images, torch.randn(6, 2, 6, 5).double()),
+                                              (Texts, texts, torch.randint(7, (6, 3)))])  # fmt: skip
+def test_the_factors_are_those_of_the_other_adapter(kind, f, x):
+    model = kind()
+    preconditioner = KFACPreconditioner(model, likelihood="categorical", estimator="exact")
+    outputs = model(x)
+    preconditioner.update(outputs)
+    outputs.square().sum().backward()
+    preconditioner.step()
+    params = {name: jnp.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+    x = jnp.asarray(x.numpy())
+    net = Network(f, "categorical", example=(params, x), estimator="exact")
+    assert not net.skipped
+    y = jnp.zeros(outputs.shape[:-1], int)
+    moments = jax.jit(net.value_grad_and_statistics)(params, x, y, key=KEY)[2].moments
+    for name, layer in preconditioner.layers.items():
+        for pair in zip(moments[f"{name}.weight"], layer, strict=True):
+            ours, theirs = (np.asarray(M.d if hasattr(M, "d") else M) for M in pair)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_half_precision_is_widened():
+    f, params, x, _, _ = jax_models.mlp()
+    params, x = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (params, x))
+    net = Network(f, "categorical", example=(params, x))
+    _, gradient, statistics = jax.eval_shape(net.value_grad_and_statistics, params, x, jnp.zeros(4, int), key=KEY)
+    assert gradient["W"].dtype == jnp.bfloat16
+    assert statistics.moments["W"].A.dtype == statistics.moments["W"].G.dtype == jnp.float32
+
+
+def test_mistakes():
+    f, params, x, _, _ = jax_models.mlp()
+    with pytest.raises(ValueError, match=r"no layer.*Skipped: z: used by exp at .*test_jax_network.py"):
+        Network(lambda p, x: x @ jnp.exp(p["z"]), "gaussian", example=({"z": jnp.ones((3, 2))}, x))
+    for options, error, match in [
+        ({"likelihood": "poisson"}, ValueError, "likelihood is 'poisson'"),
+        ({"estimator": "all"}, ValueError, "estimator is 'all'"),
+        ({"keep": "all"}, ValueError, "keep is 'all'"),
+        ({"example": params}, TypeError, r"expected \(params, \*inputs\)"),
+        ({"likelihood": object()}, ValueError, "lacks the methods loss, sample"),
+    ]:
+        with pytest.raises(error, match=match):
+            Network(f, **{"likelihood": "gaussian", "example": (params, x)} | options)
+    net = Network(f, "categorical", example=(params, x))
+    with pytest.raises(ValueError, match="key is None"):
+        net.value_grad_and_statistics(params, x, jnp.zeros(4, int))
+    with pytest.raises(ValueError, match="expected class indices"):
+        net.value_grad_and_statistics(params, x, jnp.zeros((4, 2)), key=KEY)
+    with pytest.raises(ValueError, match="other layers"):
+        net.value_grad_and_statistics({**params, "z": jnp.ones(1)}, x, jnp.zeros(4, int), key=KEY)
