@@ -22,7 +22,7 @@ def table():
 
 RANKS = table()
 OWN = {
-    "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm", "scipy", "laplace"},
+    "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm", "scipy", "laplace", "matplotlib"},
     "kfaclinalg_jax": {"jax", "kfaclinalg", "numpy", "optax"},
     "kfaclinalg_mlp": {"array_api_compat", "kfaclinalg"},
 }

@@ -18,8 +18,10 @@ from ._matrix_free import FisherOperator
 from ._normalisation import Scale
 from ._optimizer import KFAC
 from ._preconditioner import KFACPreconditioner
+from ._report import report
 from ._stored import load_curvature
 from ._table import Rule
+from ._watch import Watch
 
 __all__ = [
     "KFAC",
@@ -29,6 +31,8 @@ __all__ = [
     "Curvature",
     "FisherOperator",
     "laplace_backend",
+    "report",
+    "Watch",
     "Rule",
     "Block",
     "Rows",

@@ -1,0 +1,136 @@
+"""A record of each step of `KFAC` or `KFACPreconditioner`, for a log or a report; without one nothing is measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layer import Layer
+from ._optimizer import KFAC
+from ._preconditioner import KFACPreconditioner
+
+Scalars = dict[str, float]
+
+
+class Watch:
+    """Takes the place of an optimizer or a preconditioner in a loop, and writes down what each of its steps did.
+
+    `history` has a dictionary of numbers for each step. Of `KFAC` they are those of `info`, `refused` being 0 or 1, and
+    `seconds/step`. Of a preconditioner they are the lengths of a layer's gradient and of what became of it,
+    `gradient/0.weight` and `update/0.weight`, the cosine of their angle, `cosine/...`, `rejected`, and the seconds of
+    its tasks: `seconds/update`, `seconds/averages`, `seconds/refresh`, `seconds/products`. The device is waited for.
+
+    Args:
+        optimizer: a `KFAC` or a `KFACPreconditioner`.
+        callback: called after each step with its number and its record: `writer.add_scalar` or `logging` goes here.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> watch = Watch(KFAC(model, "gaussian"), lambda step, record: print(step, sorted(record)[:2]))
+    >>> loss = watch.step(torch.ones(4, 2), torch.zeros(4, 1))
+    0 ['alpha', 'change']
+    """
+
+    def __init__(
+        self, optimizer: KFAC | KFACPreconditioner, callback: Callable[[int, Scalars], Any] | None = None
+    ) -> None:
+        if not isinstance(optimizer, KFAC | KFACPreconditioner):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected KFAC or KFACPreconditioner")
+        self.optimizer, self.callback = optimizer, callback
+        self.history: list[Scalars] = []
+        self._seconds: Scalars = {}
+
+    def update(self, outputs: Any) -> None:
+        """That of the preconditioner."""
+        if isinstance(self.optimizer, KFAC):
+            raise TypeError("KFAC has no update(): its step takes the inputs and the targets")
+        with self._timed("update"):
+            self.optimizer.update(outputs)
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        """That of the optimizer, with the same arguments and result."""
+        if isinstance(self.optimizer, KFAC):
+            with self._timed("step"):
+                result = self.optimizer.step(*args, **options)
+            record = _of_info(self.optimizer)
+        else:
+            result, record = None, self._preconditioned(self.optimizer)
+        record |= {f"seconds/{task}": seconds for task, seconds in self._seconds.items()}
+        self._seconds = {}
+        self.history.append(record)
+        if self.callback is not None:
+            self.callback(len(self.history) - 1, record)
+        return result
+
+    def _preconditioned(self, preconditioner: KFACPreconditioner) -> Scalars:
+        layers = preconditioner._layers
+        before = {layer.name: _gradient(layer) for layer in layers}
+        estimate, inverses = preconditioner._estimate, preconditioner._inverses
+        with (
+            self._timed("products"),
+            self._task(estimate, "average", "averages"),
+            self._task(inverses, "refresh", "refresh"),
+        ):
+            preconditioner.step()
+        inner = sum(self._seconds.get(task, 0.0) for task in ("averages", "refresh"))
+        self._seconds["products"] -= inner
+        record: Scalars = {"rejected": float(preconditioner.rejected)}
+        for layer in preconditioner._layers:
+            record |= _lengths(layer.name, before.get(layer.name), _gradient(layer))
+        return record
+
+    @contextmanager
+    def _timed(self, task: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            self._seconds[task] = self._seconds.get(task, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _task(self, owner: Any, name: str, task: str) -> Iterator[None]:
+        """Time a method of the owner's."""
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            with self._timed(task):
+                return method(*args, **options)
+
+        setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            delattr(owner, name)
+
+    def _wait(self) -> None:
+        optimizer = self.optimizer
+        own = optimizer.param_groups[0]["params"] if isinstance(optimizer, KFAC) else optimizer._layers[0].parameters
+        kind = own[0].device.type
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
+
+
+def _gradient(layer: Layer) -> Tensor | None:
+    """The gradients of its parameters in a row, in float64, a copy; None where there are none."""
+    parts = [p.grad.detach().double().ravel() for p in layer.parameters if p.grad is not None]
+    return torch.cat(parts) if parts else None
+
+
+def _lengths(name: str, before: Tensor | None, after: Tensor | None) -> Scalars:
+    if before is None or after is None:
+        return {}
+    gradient, update = float(torch.linalg.vector_norm(before)), float(torch.linalg.vector_norm(after))
+    cosine = float(before @ after) / (gradient * update) if gradient * update else math.nan
+    return {f"gradient/{name}": gradient, f"update/{name}": update, f"cosine/{name}": cosine}
+
+
+def _of_info(optimizer: KFAC) -> Scalars:
+    info: Any = optimizer.info
+    return {name: float(bool(x) if name == "refused" else x) for name, x in info._asdict().items()}
