@@ -21,7 +21,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
 
-.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs dist bench performance plots clean
+.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs site gallery dist bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,7 +34,9 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part)"
 	@echo "make gpu-dry  the same in small on a CPU: that it runs"
-	@echo "make docs     the site, in build/docs"
+	@echo "make docs     the documentation, in build/docs"
+	@echo "make site     the same, with asv's figures of each commit"
+	@echo "make gallery  what make figures has drawn in full, stored for the documentation"
 	@echo "make dist     what a release uploads, in dist, built and checked"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
 	@echo "make performance  all benchmarks, stored, and their pictures  (pin it: taskset -c 1 make performance)"
@@ -43,6 +45,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(PYTHON) docs/examples/mnist_autoencoder.py $(ARGS)
+
+gallery: $(VENV)/.figures
+	$(PYTHON) docs/examples/store_gallery.py $(ARGS)
 
 race: $(VENV)/.demo
 	$(PYTHON) docs/examples/race.py $(ARGS)
@@ -93,9 +98,20 @@ gpu:
 gpu-dry: $(VENV)/.test
 	$(PYTHON) gpu/run.py --dry $(ARGS)
 
+# With ARGS='-t asv' it links the figures of each commit, which `make site` puts beside it.
 docs: $(VENV)/.docs
-	$(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs
+	MPLBACKEND=Agg $(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees $(ARGS) docs build/docs
 	@echo "build/docs/index.html"
+
+# Finding the benchmarks writes among the results, so that it works on a copy of them.
+site: $(VENV)/.bench
+	$(MAKE) docs ARGS='-t asv'
+	rm -rf build/asv-results && cp -r asv_benchmarks/results build/asv-results
+	sed -e 's|"benchmark_dir": "|&../asv_benchmarks/|' -e 's|"results_dir": "results"|"results_dir": "asv-results"|' \
+	    -e 's|"html_dir": "html"|"html_dir": "docs/asv"|' asv_benchmarks/asv.conf.json > build/asv.conf.json
+	@$(PYTHON) -m asv machine --yes --config build/asv.conf.json > /dev/null
+	$(ASV) run --config build/asv.conf.json --python=same --launch-method forkserver --bench just-discover
+	$(ASV) publish --config build/asv.conf.json
 
 dist: $(VENV)/.release
 	rm -rf dist

@@ -6,17 +6,52 @@ project = "kfaclinalg"
 author = "the kfaclinalg developers"
 copyright = "2026, " + author
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["examples"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["examples", "tutorials", "experiments"]
+templates_path = ["_templates"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
+autosummary_ignore_module_all = False
 default_role = "code"  # single backticks in docstrings
 smartquotes = False
+suppress_warnings = ["config.cache"]  # of the gallery's settings
+
+# The scripts of these folders are run, and become pages with their output and pictures, and notebooks.
+sphinx_gallery_conf = {
+    "examples_dirs": ["tutorials", "experiments"],
+    "gallery_dirs": ["auto_tutorials", "auto_experiments"],
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "run_stale_examples": True,  # the library may have changed
+    "abort_on_example_error": True,
+    "capture_repr": (),
+    "download_all_examples": False,
+    "image_srcset": ["2x"],
+    "doc_module": ("kfaclinalg", "kfaclinalg_torch"),
+    "reference_url": {"kfaclinalg": None, "kfaclinalg_torch": None},
+    "remove_config_comments": True,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+}
 
 
 def skip_bare_field(app: Any, what: str, name: str, obj: object, *skip_and_options: Any) -> bool | None:

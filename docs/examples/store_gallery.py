@@ -1,0 +1,69 @@
+"""Store what `make figures` has drawn in full form for the gallery of the documentation, small, and how it was made.
+
+    make figures && .venv/bin/python docs/examples/store_gallery.py
+
+Each becomes a WebP of at most 1,400 pixels in docs/_static/gallery; a table beside them names the command, the day of
+the picture, the processor and the versions.
+"""
+
+import argparse
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "docs" / "_static" / "gallery"
+WIDTH, QUALITY = 1400, 82
+COMMANDS = {
+    "figure_2": "make fisher_blocks",
+    "figure_3": "make fisher_blocks",
+    "figure_5": "make fisher_blocks",
+    "figure_6": "make fisher_blocks",
+    "figure_7": "make improvement_against_gamma",
+    "figure_9": "make progress_against_batch",
+    "figure_10": "make training_curves ARGS='--seconds 60'",
+    "figure_11": "make training_curves ARGS='--seconds 60'",
+}
+
+
+def store(source: Path, target: Path) -> None:
+    image = Image.open(source).convert("RGB")
+    image.thumbnail((WIDTH, 10 * WIDTH))
+    image.save(target, quality=QUALITY, method=6)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figures", type=Path, default=ROOT / "build" / "figures", help="where they are")
+    parser.add_argument("--out", type=Path, default=OUT, help="where they go")
+    parser.add_argument("--quick", action="store_true", help="into build/gallery, for a test of the script")
+    args = parser.parse_args()
+    out = ROOT / "build" / "gallery" if args.quick else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    rows = ["| picture | command | made on |", "|---|---|---|"]
+    for name, command in tqdm(COMMANDS.items(), unit="picture"):
+        source = args.figures / f"{name}.png"
+        if not source.exists():
+            raise SystemExit(f"{source} is not there: {command}")
+        store(source, out / f"{name}.webp")
+        day = datetime.fromtimestamp(source.stat().st_mtime, UTC).date()
+        rows.append(f"| {name.replace('_', ' ')} | `{command}` | {day} |")
+    machine = f"{processor()}, one thread; Python {platform.python_version()}, NumPy {np.__version__}"
+    (out / "made.md").write_text("\n".join(rows) + f"\n\n{machine}, torch {torch.__version__}.\n")
+    print(f"Pictures: {out}")
+
+
+if __name__ == "__main__":
+    main()
