@@ -65,3 +65,9 @@ def members(*stacks: np.ndarray):
 def random_spd(rng: np.random.Generator, n: int) -> np.ndarray:
     X = rng.standard_normal((n, 2 * n))
     return X @ X.T / n
+
+
+def power(M: np.ndarray, p: float) -> np.ndarray:
+    """M^p of a positive definite matrix, in float64."""
+    w, Q = np.linalg.eigh(M)
+    return (Q * w**p) @ Q.T

@@ -145,11 +145,6 @@ def test_reduction_ratio():
     assert math.isnan(reduction_ratio(1.0, float("nan"), -1.0))
 
 
-@pytest.mark.parametrize(("ratio", "factor"), [(0.76, 0.5), (0.75, 1), (0.25, 1), (0.24, 2), (-3, 2), (np.nan, 2)])
-def test_levenberg_marquardt(ratio, factor):
-    assert levenberg_marquardt(3.0, ratio, omega=0.5) == 3 * factor
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

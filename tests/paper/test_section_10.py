@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from backends import NUMPY, TORCH
+from matrices import power
 from networks import SIZES, network
 
 from kfaclinalg import Factors, LayerFactors, Link, block_diagonal_inverse, block_tridiagonal_inverse
@@ -53,11 +54,7 @@ def test_corollary_3_gradient_descent_in_whitened_coordinates():
     """With Ω = A^(-1/2) and Φ = G^(-1/2) all second moments are I, and F̆⁻¹∇h is the plain gradient there."""
     net = network(NUMPY, 0.0)
 
-    def root(M):
-        w, Q = np.linalg.eigh(M)
-        return (Q / np.sqrt(w)) @ Q.T
-
-    Phi, Omega = [root(G) for _, G in net.factors.layers], [root(A) for A, _ in net.factors.layers]
+    Phi, Omega = [power(G, -0.5) for _, G in net.factors.layers], [power(A, -0.5) for A, _ in net.factors.layers]
     factors, gradients = transformed(NUMPY, net, Phi, Omega)
     for A, G in factors.layers:
         np.testing.assert_allclose(A, np.eye(len(A)), atol=1e-12)

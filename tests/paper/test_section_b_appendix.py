@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 from backends import every_backend
+from matrices import power
 from test_kronecker_pair import Case
 
 from kfaclinalg import testing
-
-
-def square_root_inverse(M):
-    w, Q = np.linalg.eigh(M)
-    return (Q / np.sqrt(w)) @ Q.T
 
 
 @every_backend
@@ -18,7 +14,7 @@ def square_root_inverse(M):
 def test_appendix_b(b, sign):
     """vec(K_2 [(K_2ᵀ V K_1) ⊘ (1 1ᵀ ± s_2 s_1ᵀ)] K_1ᵀ), K_1 = A^(-1/2) E_1, K_2 = B^(-1/2) E_2."""
     case = Case(b, sign=sign)
-    A_root, B_root = square_root_inverse(case.A), square_root_inverse(case.B)
+    A_root, B_root = power(case.A, -0.5), power(case.B, -0.5)
     s_1, E_1 = np.linalg.eigh(A_root @ (sign * case.C) @ A_root)
     s_2, E_2 = np.linalg.eigh(B_root @ case.D @ B_root)
     K_1, K_2 = A_root @ E_1, B_root @ E_2

@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
-from backends import every_backend
+from backends import NUMPY, every_backend
 from networks import network
 
-from kfaclinalg import Kronecker, factored_tikhonov, fit_quadratic, levenberg_marquardt, testing, tikhonov_pi
+from kfaclinalg import (
+    Kronecker,
+    LayerFactors,
+    damping,
+    factored_tikhonov,
+    fit_quadratic,
+    levenberg_marquardt,
+    tikhonov_pi,
+)
 
 
 @every_backend
@@ -33,15 +41,22 @@ def test_eqn_7_exceeds_eqn_6_by_the_residual(b):
 @every_backend
 @pytest.mark.parametrize("norm", ["trace", "frobenius", "spectral"])
 def test_pi_minimises_the_bound_on_the_residual(b, norm):
-    """π minimises π ‖I ⊗ G‖ + ‖A ⊗ I‖/π: a change of it either way makes the bound larger."""
+    """π ‖I ⊗ G‖ + ‖A ⊗ I‖/π is least at π = √(‖A ⊗ I‖ / ‖I ⊗ G‖); a change of it either way makes the bound larger."""
     layer = network(b, 0.0).factors.layers[0]
     A, G = map(b.numpy, layer)
     order = {"trace": "nuc", "frobenius": "fro", "spectral": 2}[norm]
     a = np.linalg.norm(np.kron(A, np.eye(len(G))), order)
     g = np.linalg.norm(np.kron(np.eye(len(A)), G), order)
-    pi = b.numpy(tikhonov_pi(layer, norm=norm)).item()
+    pi = b.numpy(b.jit(lambda A, G: tikhonov_pi(LayerFactors(A, G), norm=norm))(*layer)).item()
+    assert pi == pytest.approx(np.sqrt(a / g), rel=10 * len(A) * b.eps)
     bound = pi * g + a / pi
     assert all(bound < factor * pi * g + a / (factor * pi) for factor in (0.99, 1.01))
+
+
+def test_an_inverted_pi_is_caught(monkeypatch):
+    monkeypatch.setattr(damping, "_pi", lambda *args, pi=damping._pi, **options: 1 / pi(*args, **options))
+    with pytest.raises(AssertionError):
+        test_pi_minimises_the_bound_on_the_residual(NUMPY, "trace")
 
 
 @every_backend
@@ -53,23 +68,7 @@ def test_alpha_of_section_6_4(b):
     assert b.numpy(fit.change) == pytest.approx(0.5 * b.numpy(fit.coefficients)[0] * slope, rel=10 * b.eps)
 
 
-def test_lambda_of_section_6_5():
-    omega1 = (19 / 20) ** 5
-    assert levenberg_marquardt(150.0, 0.8, omega=omega1) == omega1 * 150
-    assert levenberg_marquardt(150.0, 0.2, omega=omega1) == 150 / omega1
-    assert levenberg_marquardt(150.0, 0.5, omega=omega1) == 150
-
-
-@every_backend
-def test_momentum_of_section_7(b):
-    """(α*, μ*) = -[[ΔᵀFΔ + (λ+η)‖Δ‖², ...], [..., δ0ᵀFδ0 + (λ+η)‖δ0‖²]]⁻¹ (∇hᵀΔ, ∇hᵀδ0)."""
-    rng = np.random.default_rng(0)
-    J, d, gradient, shift = rng.standard_normal((9, 6)), rng.standard_normal((2, 6)), rng.standard_normal(6), 0.7
-    F = J.T @ J
-    (p, q), (_, r) = d @ F @ d.T + shift * d @ d.T
-    s, t = d @ gradient
-    determinant = p * r - q * q
-    exact = [-(r * s - q * t) / determinant, -(p * t - q * s) / determinant]
-    fit = fit_quadratic(b.array(d @ F @ d.T), b.array(d @ d.T), b.array(d @ gradient), shift)
-    condition = np.linalg.cond([[p, q], [q, r]])
-    np.testing.assert_allclose(b.numpy(fit.coefficients), exact, rtol=testing.inverse_bound(2 * condition, b.eps))
+@pytest.mark.parametrize(("ratio", "factor"), [(0.76, 0.5), (0.75, 1), (0.25, 1), (0.24, 2), (-3, 2), (np.nan, 2)])
+def test_lambda_of_section_6_5(ratio, factor):
+    """ω1 λ where ρ > 3/4, λ/ω1 where ρ < 1/4, with ω1 = ½ here; a ρ that is not a number raises it too."""
+    assert levenberg_marquardt(3.0, ratio, omega=0.5) == 3 * factor
