@@ -61,7 +61,7 @@ def main() -> None:
         day = datetime.fromtimestamp(source.stat().st_mtime, UTC).date()
         rows.append(f"| {name.replace('_', ' ')} | `{command}` | {day} |")
     machine = f"{processor()}, one thread; Python {platform.python_version()}, NumPy {np.__version__}"
-    (out / "made.md").write_text("\n".join(rows) + f"\n\n{machine}, torch {torch.__version__}.\n")
+    (out / "made.md").write_text("\n".join(rows) + f"\n\n{machine}, torch {torch.__version__}.\n", encoding="utf-8")
     print(f"Pictures: {out}")
 
 

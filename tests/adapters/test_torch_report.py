@@ -89,7 +89,7 @@ def cells(page, name):
 def test_the_page_says_where_the_damping_lies(data, tmp_path, damping):
     _, watch, _ = trained(data, watched=True, damping=damping)
     report(watch.optimizer, tmp_path / "page.html", watch)
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for name, (A, G) in watch.optimizer.layers.items():
         a, g = (np.linalg.eigvalsh(M.double().numpy()) for M in (A, G))
         n, m, cond_A, cond_G, largest, lam, below = cells(page, name)
@@ -113,7 +113,7 @@ def test_the_page_needs_nothing_else_and_names_what_is_left_alone(data, tmp_path
     nn.functional.cross_entropy(outputs, y).backward()
     preconditioner.step()
     report(preconditioner, str(tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<td>1.shift</td>" in page
     assert not re.search(r'(src|href)="http|<script|@import', page.replace("xmlns", ""))
 
@@ -129,7 +129,7 @@ def test_kfac_is_watched_too_and_a_refused_step_is_counted(data, tmp_path):
     assert [record["refused"] for record in watch.history] == [0, 0, 0, 1, 0, 0]
     assert watch.history[5]["gamma"] == optimizer.info.gamma
     report(optimizer, tmp_path / "page.html", watch)
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "1 of 6 steps were refused." in page
     assert page.count("<svg") == 2
 
