@@ -86,7 +86,7 @@ def test_a_class_shows_an_example(cls):
 
 
 @pytest.mark.parametrize(
-    "package", [kfaclinalg, kfaclinalg_mlp, kfaclinalg_torch], ids=lambda package: package.__name__
+    "package", [kfaclinalg, kfaclinalg_jax, kfaclinalg_mlp, kfaclinalg_torch], ids=lambda package: package.__name__
 )
 def test_each_name_has_a_page_in_the_reference(package):
     listed = set(re.findall(r"^   (\w+\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE))
