@@ -7,7 +7,6 @@ Read in this order: `factors` (what is measured), `damping`, `kronecker` (one la
 
 from . import spd, testing
 from ._backends import LinAlgError, assert_finite, show_config
-from ._records import KFACState, Schedule, StepInfo
 from .algorithm import Problem, kfac_iteration, kfac_report, kfac_step
 from .averages import averaging_decay, moving_average, update_factors
 from .blocks import BlockDiagonal, BlockTridiagonalInverse
@@ -30,6 +29,7 @@ from .low_rank import Diagonal, LowRankPlusDiagonal, low_rank, low_rank_plus_dia
 from .options import KFACOptions
 from .outer_product import OuterProduct
 from .quadratic import QuadraticFit, fit_quadratic, inner_products, levenberg_marquardt, reduction_ratio
+from .records import KFACState, Schedule, StepInfo
 from .spectral import Eigen, Exact
 from .structures import Factored, LowRank, Structure, Tridiagonal
 

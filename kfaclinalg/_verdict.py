@@ -8,10 +8,10 @@ from . import _backends, _guards, _value
 from ._backends import Scalars, where
 from ._best_step import Matrices
 from ._guards import at_least, at_most
-from ._records import KFACState, Schedule, StepInfo
 from .factors import Factors
 from .options import KFACOptions
 from .quadratic import levenberg_marquardt, reduction_ratio
+from .records import NUMBERS, KFACState, Schedule, StepInfo
 
 MISLED = 0.5  # a guard beyond the paper: below this ρ the model that S2 gives is not trusted, and τ2 doubles
 
@@ -41,18 +41,19 @@ class Attempt(NamedTuple):
     statistics: Factors
 
 
+@_backends.in_double
 def verdict(
     attempt: Attempt, m: Measured, old: Before, options: KFACOptions, due: Schedule
 ) -> tuple[Matrices, KFACState, StepInfo]:
     """The weights and the state after the attempt, or `old` and more damping; no value of an array is looked at."""
-    weights, state = old
-    is_finite = _backends.is_finite
+    (weights, state), b, is_finite = old, _backends.backend_of(old[0][0]), _backends.is_finite
+    state = state._replace(**{name: _backends.beside(b, getattr(state, name)) for name in NUMBERS})
     update_is = is_finite(m.change) & is_finite(m.square)
     why = _guards.fault(is_finite(m.loss), m.finite, update_is, is_finite(m.after))
     ratio, damping, tau2 = _backends.NAN, state.damping, state.curvature_fraction
     if due.adapt:
         ratio = reduction_ratio(m.loss, m.after, m.change)
-        damping, tau2 = _adapted(m, ratio, state, options, _backends.backend_of(weights[0]).eps)
+        damping, tau2 = _adapted(m, ratio, state, options, b.eps)
 
     def taken() -> Before:
         numbers = {"damping": damping, "gamma": m.gamma, "curvature_fraction": tau2}

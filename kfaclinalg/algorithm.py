@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
-from . import _backends, _checks, _guards, _network
-from ._backends import Scalars
-from ._best_step import Candidate, Matrices, Model, best_step, square_of
-from ._records import KFACState, Schedule, StepInfo
+from . import _backends, _checks, _guards, _network, _value
+from ._backends import Array, Scalars
+from ._best_step import Candidate, Matrices, best_step, square_of
 from ._verdict import Attempt, Before, Measured, verdict
 from .averages import averaging_decay, moving_average
 from .factors import Factors
 from .options import KFACOptions
 from .outer_product import OuterProduct
+from .records import NUMBERS, KFACState, Schedule, StepInfo
 
 
 class Problem(Protocol):
@@ -101,7 +100,10 @@ def kfac_iteration(
     _checks.check_class("options", options, KFACOptions)
     _checks.check_class("state", state, KFACState)
     _checks.check_class("schedule", schedule, Schedule)
-    return _iteration(problem, (weights, state), options, schedule, lambda *measured: measured)
+    weights, state, info = _iteration(problem, (weights, state), options, schedule, lambda *measured: measured)
+    b = _backends.resolve(W=weights[0])
+    numbers = {name: _backends.beside(b, getattr(state, name)) for name in NUMBERS}  # float64 is switched off again
+    return weights, state._replace(**numbers), StepInfo(*(_backends.beside(b, x) for x in info))
 
 
 def kfac_report(info: StepInfo, /) -> StepInfo:
@@ -132,30 +134,37 @@ def _iteration(
         gradient = dense = tuple(g + eta * W for g, W in zip(dense, weights, strict=True))
     statistics = problem.factors(weights, options.structure_value.linked)
     averages = _averaged(problem, statistics, state, options, due)
-    inverses = _inverses(averages, options, due)
+    inverses = _inverses(b, averages, options, due)
     candidates = [Candidate(gamma, P, tuple(-U for U in P.apply(gradient))) for gamma, P in inverses]
-    model = Model(partial(problem.curvature_gram, weights), dense, state.damping + eta)
-    step, update = best_step(model, candidates, () if state.update is None else (state.update,))
+    last = () if state.update is None else (state.update,)
+    F = problem.curvature_gram(weights, [*(c.direction for c in candidates), *last])  # at once: J δ0 but one time
+    step, update = best_step(F, dense, state.damping + eta, candidates, last)
     moved = tuple(W + delta for W, delta in zip(weights, update, strict=True))
-
-    def whole(h: Any, square: Any) -> Any:
-        return _backends.beside(b, h) + 0.5 * eta * square
-
-    square = square_of(weights)
-    after = whole(problem.loss(moved), square_of(moved)) if due.adapt else 0.0
-    alpha, mu, *_ = *(step.coefficients[j] for j in range(step.coefficients.shape[0])), 0.0
-    numbers = step.candidate.gamma, alpha, mu, step.change, step.square, square, after
-    measured = Measured(*read(whole(h, square), _guards.are_finite(statistics), *numbers))
+    loss, of_weights = _with_decay(weights, h, eta)
+    after = _with_decay(moved, problem.loss(moved), eta)[0] if due.adapt else 0.0
+    found = step.candidate.gamma, *step.coefficients, step.change, step.square
+    measured = Measured(*read(loss, _guards.are_finite(statistics), *found, of_weights, after))
     kept = update if options.momentum == "quadratic-model" else None
     fitted = averages.fitted if options.structure_value.observes else None
     new = averages._replace(inverse=step.candidate.inverse, update=kept, fitted=fitted)
     return verdict(Attempt(moved, new, statistics), measured, old, options, due)
 
 
+@_backends.in_double
+def _with_decay(weights: Matrices, h: Any, eta: float) -> tuple[Array, Array]:
+    """h + ½ η ‖W‖², and ‖W‖²."""
+    square = square_of(weights)
+    return _backends.beside(_backends.backend_of(square), h) + 0.5 * eta * square, square
+
+
 def _averaged(problem: Any, statistics: Factors, state: KFACState, options: KFACOptions, due: Schedule) -> KFACState:
     """The state with the factors, and what is fitted to them, of this iteration."""
-    k, structure = state.iteration + 1, options.structure_value
-    epsilon = averaging_decay(k, maximum=options.averaging_maximum)
+    k, structure, b = (
+        state.iteration + 1,
+        options.structure_value,
+        _backends.backend_of(next(_value.leaves(statistics))),
+    )
+    epsilon = _backends.in_dtype(b, averaging_decay(k, maximum=options.averaging_maximum))
     factors = moving_average(state.factors, statistics, decay=epsilon)
     fitted = structure.fitted(factors, state.fitted) if due.refresh else state.fitted
     if structure.observes:
@@ -165,7 +174,9 @@ def _averaged(problem: Any, statistics: Factors, state: KFACState, options: KFAC
     return state._replace(iteration=k, factors=factors, fitted=fitted)
 
 
-def _inverses(averages: KFACState, options: KFACOptions, due: Schedule) -> Iterator[tuple[Scalars, Any]]:
+def _inverses(
+    b: _backends.Backend, averages: KFACState, options: KFACOptions, due: Schedule
+) -> Iterator[tuple[Scalars, Any]]:
     """γ and the inverse for it and, where that is due, for ω2 γ and γ/ω2 (Section 6.6).
 
     γ >= √η is a guard beyond the paper, whose rule may follow the noise of τ2 < 1 down to where a step blows up.
@@ -178,4 +189,4 @@ def _inverses(averages: KFACState, options: KFACOptions, due: Schedule) -> Itera
     floor = math.sqrt(options.weight_decay)
     for tried in (gamma, omega2 * gamma, gamma / omega2) if due.sweep else (gamma,):
         bounded = _guards.at_least(floor, tried)
-        yield bounded, structure.inverse(averages.fitted, bounded)
+        yield bounded, structure.inverse(averages.fitted, _backends.in_dtype(b, bounded))

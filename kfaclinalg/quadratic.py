@@ -26,6 +26,7 @@ class QuadraticFit(NamedTuple):
     change: Any
 
 
+@_backends.in_double
 def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT, damping: Scalar, /) -> QuadraticFit:
     """The c that minimises M(Σ c_j d_j), for directions d_j of which only inner products are needed.
 
@@ -63,11 +64,12 @@ def fit_quadratic(curvature_gram: ArrayT, direction_gram: ArrayT, slopes: ArrayT
     return QuadraticFit(*(_backends.narrowed(x, b.dtype) for x in fit))
 
 
+@_backends.in_double
 def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], /) -> Any:
     """The matrix of Σ_layers <d_i, e_j>, for directions d_i and others e_j of one matrix a layer.
 
-    It accumulates in float64 where the device has it: in float32 the changes of the loss late in training drown in the
-    rounding of the sum. Two flops for an entry of each pair.
+    It accumulates in float64 where the device has it, in JAX also where that is switched off: in float32 the changes of
+    the loss late in training drown in the rounding of the sum. Two flops for an entry of each pair.
 
     >>> import numpy as np
     >>> d, e = (np.ones((2, 2)), np.ones((1, 3))), (np.ones((2, 2)), np.zeros((1, 3)))
@@ -116,6 +118,7 @@ def _line_searches(b: _backends.Backend, Q: Any, slopes: Any, parallel: float) -
     return QuadraticFit(xp.stack([row[-1] for row in rows], axis=-1) if k else slopes, change)
 
 
+@_backends.in_double
 def reduction_ratio(loss_before: Scalars, loss_after: Scalars, change: Scalars, /) -> Scalars:
     """ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)): 1 where the model predicts the loss exactly (Section 6.5). NaN where the
     model predicts no change. Of numbers a number; where one is an array (...), an array.
@@ -133,6 +136,7 @@ def reduction_ratio(loss_before: Scalars, loss_after: Scalars, change: Scalars, 
     return xp.where(M == 0, math.nan, (after - h) / xp.where(M == 0, 1.0, M))
 
 
+@_backends.in_double
 def levenberg_marquardt(damping: Scalars, ratio: Scalars, /, *, omega: Scalars) -> Scalars:
     """The next λ: omega * damping where ρ > 3/4, damping / omega where ρ < 1/4 or is NaN (Section 6.5).
 

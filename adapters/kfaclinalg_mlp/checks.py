@@ -68,9 +68,13 @@ def check_like_outputs(likelihood: str, z: Any, y: Any) -> None:
 
 
 def check_range(likelihood: str, y: Any, low: int, high: int) -> None:
-    """NaN passes: it makes the loss NaN, and the step is refused."""
+    """NaN passes, which makes the loss NaN, so that the step is refused; and what is traced, which has no values."""
     xp = array_namespace(y)
-    if bool(xp.any((y < low) | (y > high))):
+    try:
+        outside = bool(xp.any((y < low) | (y > high)))
+    except TypeError:  # JAX's of a tracer
+        return
+    if outside:
         found = f"[{float(xp.min(y)):g}, {float(xp.max(y)):g}]"
         raise ValueError(f"targets lie in {found}, expected [{low}, {high}] ({likelihood})")
 

@@ -48,7 +48,7 @@ class Bernoulli:
     def loss(self, z: Any, y: Any) -> Any:
         xp = array_namespace(z)
         # log(1 + exp z) - y z in a form that keeps its digits where p is close to y
-        return _sum(positive_part(z) - y * z + xp.log1p(xp.exp(-xp.abs(z)))) / z.shape[0]
+        return _mean(positive_part(z) - y * z + xp.log1p(xp.exp(-xp.abs(z))))
 
     def gradient(self, z: Any, y: Any) -> Any:
         return sigmoid(z) - y
@@ -77,7 +77,7 @@ class Categorical:
     def loss(self, z: Any, y: Any) -> Any:
         xp = array_namespace(z)
         z = z - xp.max(z, axis=1, keepdims=True)
-        return _sum(xp.log(xp.sum(xp.exp(z), axis=1)) - xp.sum(_one_hot(z, y) * z, axis=1)) / z.shape[0]
+        return _mean(xp.log(xp.sum(xp.exp(z), axis=1)) - xp.sum(_one_hot(z, y) * z, axis=1))
 
     def gradient(self, z: Any, y: Any) -> Any:
         return _softmax(z) - _one_hot(z, y)
@@ -103,7 +103,7 @@ class Gaussian:
         check_like_outputs("gaussian", z, y)
 
     def loss(self, z: Any, y: Any) -> Any:
-        return _sum(0.5 * (z - y) ** 2) / z.shape[0]
+        return _mean(0.5 * (z - y) ** 2)
 
     def gradient(self, z: Any, y: Any) -> Any:
         return z - y
@@ -125,9 +125,10 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-def _sum(losses: Any) -> Any:
-    """In float64: late in training ρ compares losses that differ in the sixth digit."""
-    return inner_products([[losses]], [[array_namespace(losses).ones_like(losses)]])[0, 0]
+def _mean(losses: Any) -> Any:
+    """Over the examples, of the sums; in float64: late in training ρ compares losses that differ in the sixth digit."""
+    shares = array_namespace(losses).ones_like(losses) / losses.shape[0]
+    return inner_products([[losses]], [[shares]])[0, 0]
 
 
 def _softmax(z: Any) -> Any:

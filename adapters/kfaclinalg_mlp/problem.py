@@ -93,8 +93,8 @@ class MLPProblem:
             checks.check_direction(f"directions[{i}]", direction, weights)
         run = self._forward(weights, self._subset(self.curvature_fraction))
         Jd = [tangent(weights, run, direction) for direction in directions]
-        F_Jd = [self.likelihood.fisher_product(run.outputs, t) for t in Jd]
-        return inner_products([[t] for t in Jd], [[t] for t in F_Jd]) / run.outputs.shape[0]
+        F_Jd = [self.likelihood.fisher_product(run.outputs, t) / t.shape[0] for t in Jd]
+        return inner_products([[t] for t in Jd], [[t] for t in F_Jd])
 
     def _forward(self, weights: Matrices, inputs: Any) -> Forward:
         checks.check_weights(weights, len(self.activations), inputs)

@@ -51,7 +51,7 @@ from .routines import (
     substituted,
     updated_moment,
 )
-from .scalars import beside, count, is_finite, scalar, weight, where
+from .scalars import beside, count, in_double, in_dtype, is_finite, scalar, weight, where
 from .stacking import each
 
 __all__ = [
@@ -80,6 +80,8 @@ __all__ = [
     "eigvalsh",
     "forward_substitution",
     "general_inverse",
+    "in_double",
+    "in_dtype",
     "in_full_precision",
     "inverse",
     "inverse_of_factor",

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from .._checks import check_batches, fraction, nonnegative
 from .._typing import Array, Scalar, Scalars
 from .door import Backend, backend_of, check_place, namespace_of, narrowed, operand
 from .finiteness import values
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_double(f: F) -> F:
+    """f with float64 in JAX too where it is switched off: the losses late in training differ in the last digits of
+    float32. What f returns may be float64 then, which arithmetic elsewhere would round."""
+
+    @wraps(f)
+    def run(*args: Any, **options: Any) -> Any:
+        if not any(map(_is_of_jax, args)):
+            return f(*args, **options)
+        import jax
+
+        enable: Any = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+        with enable(True):
+            return f(*args, **options)
+
+    return cast(F, run)
+
+
+def _is_of_jax(x: Any) -> bool:
+    """Whether it is an array of JAX, or begins with one."""
+    while isinstance(x, (tuple, list)) and x:
+        x = x[0]
+    return not isinstance(x, Real) and type(x).__module__.startswith("jax")
 
 
 def scalar(
@@ -46,13 +73,20 @@ def count(name: str, x: Any) -> Array:
     return xp.astype(x, backend_of(x).widest)
 
 
-def beside(b: Backend, x: Any) -> Scalars:
-    """A number, or a 0-d array in the dtype in which scalars accumulate; one that lives elsewhere is waited for."""
+def beside(b: Backend, x: Any) -> Any:
+    """A number, or a 0-d array, of floating point in the dtype in which scalars accumulate; what lives elsewhere is
+    waited for."""
     if isinstance(x, Real):
-        return float(x)
+        return x
     other = backend_of(x)
-    here = other.xp is b.xp and (b.kind == "jax" or other.device == b.device)
-    return narrowed(x, b.widest) if here else values(x)[0]
+    if other.xp is not b.xp or (b.kind != "jax" and other.device != b.device):
+        return values(x)[0]
+    return narrowed(x, b.widest) if b.xp.isdtype(x.dtype, "real floating") else x
+
+
+def in_dtype(b: Backend, x: Scalars) -> Scalars:
+    """A number, or a 0-d array in the backend's dtype."""
+    return x if isinstance(x, Real) else narrowed(x, b.dtype)
 
 
 def where(condition: Any, x: Scalars, y: Scalars) -> Scalars:

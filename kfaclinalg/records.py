@@ -14,6 +14,8 @@ from ._best_step import Matrices
 from .factors import Factors
 from .options import KFACOptions
 
+NUMBERS = ("damping", "gamma", "curvature_fraction", "ceiling")  # of a state
+
 
 class Schedule(NamedTuple):
     """What iteration k does beside its step: Python's booleans, static where it is compiled.
