@@ -4,13 +4,19 @@ Read in this order: `_views` and `_find` (a parameter followed through the progr
 equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A and G), and `_network`.
 """
 
+from ._damping import Relative
 from ._estimators import Empirical, ExactFisher, Sampled
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ._network import Network
+from ._precondition import precondition
 from ._statistics import Statistics
+from ._transformation import PreconditionState
 
 __all__ = [
     "Network",
+    "precondition",
+    "PreconditionState",
+    "Relative",
     "Statistics",
     "Sampled",
     "ExactFisher",

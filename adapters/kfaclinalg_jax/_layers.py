@@ -48,12 +48,12 @@ class Layer:
     def leaves(self) -> tuple[int, ...]:
         return tuple(part.leaf for part in self.parts)
 
-    def matrix(self, leaves: Sequence[Any]) -> Any:
+    def matrix(self, leaves: Any) -> Any:
         """W, of the parameters or of what is shaped like them."""
         columns = [part.of(leaves[part.leaf]) for part in self.parts]
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=self.axis)
 
-    def back(self, W: Any, shapes: Sequence[Sequence[int]]) -> dict[int, Any]:
+    def back(self, W: Any, shapes: Any) -> dict[int, Any]:
         """The inverse of `matrix`: what belongs to each parameter."""
         found, start = {}, 0
         for part, last in zip(self.parts, self._ends(W), strict=True):
@@ -71,7 +71,8 @@ class Layer:
     @property
     def has_rows(self) -> bool:
         """Whether the gradient of each example is a sum of products of what its sites show."""
-        return self.kind == "linear" and len(self.uses) == 1 and not self.uses[0].is_table
+        alone = self.kind == "linear" and len(self.uses) == 1 and not self.uses[0].is_table
+        return alone and all(site.example is not None for site in self.sites)
 
     @property
     def sites(self) -> tuple[Site, ...]:

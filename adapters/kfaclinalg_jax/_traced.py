@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from . import _versions as versions
 from ._assemble import Assembly
 from ._find import Path, search
+from ._moments import Shown, factors
 from ._run import Plan, run
 from ._sites import Site
 
@@ -19,10 +20,10 @@ class Traced:
     """f(params, *inputs) as a program; `examples` says which axis of each site's output counts the examples."""
 
     def __init__(self, f: Callable[..., Any], params: Any, inputs: Sequence[Any], examples: Mapping[Path, Any]) -> None:
-        self.params, self.N = params, examples_of(inputs)
+        self.inputs, self.N = inputs, examples_of(inputs)
         closed, shapes = versions.traced(f, params, *inputs)
         self.jaxpr, self.consts = closed.jaxpr, closed.consts
-        self.tree = jax.tree.structure(shapes)
+        self.outputs, self.tree = shapes, jax.tree.structure(shapes)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         self.names = tuple(name_of(path) for path, _ in leaves)
         self.leaves = [leaf for _, leaf in leaves]
@@ -39,6 +40,17 @@ class Traced:
 
     def probes(self) -> dict[Path, Any]:
         return {path: jnp.zeros(site.probe, site.dtype) for path, site in self.sites.items()}
+
+    def moments(self) -> dict[str, Any]:
+        """The shapes of the factors."""
+
+        def of(leaves: Any, inputs: Any, probes: Any) -> Any:
+            _, seen = self.run(leaves, inputs, probes)
+            shown = Shown(seen, self.N, self.dtypes)
+            return {x.name: factors(x, shown.A(x), shown.G(x, leaves, probes)) for x in self.assembly.layers}
+
+        found: dict[str, Any] = jax.eval_shape(of, self.leaves, self.inputs, self.probes())
+        return found
 
     def run(self, leaves: Sequence[Any], inputs: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any]:
         """What f returns, and what was seen at the sites."""

@@ -7,8 +7,7 @@ import jax_models
 import numpy as np
 import pytest
 import torch
-from jax import lax
-from torch import nn
+from jax_torch import Images, Texts, as_params, images, texts
 
 from kfaclinalg_jax import Network, Sampled
 from kfaclinalg_torch import KFACPreconditioner
@@ -96,41 +95,6 @@ def test_the_fallback_is_the_diagonal_of_the_fisher_matrix():
     np.testing.assert_allclose(moments["z"].G.d, jnp.square(J).sum((0, 1)) / 4, rtol=0.1)
 
 
-class Images(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0))
-        self.second = nn.Conv2d(4, 6, 2, groups=2, dilation=(1, 2))
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))).mean((2, 3)))
-
-
-def images(p, x):
-    dims = ("NCHW", "OIHW", "NCHW")
-    x = lax.conv_general_dilated(x, p["first.weight"], (2, 1), ((1, 1), (0, 0)), dimension_numbers=dims)
-    x = jnp.tanh(x + p["first.bias"][:, None, None])
-    options = {"rhs_dilation": (1, 2), "feature_group_count": 2, "dimension_numbers": dims}
-    x = lax.conv_general_dilated(x, p["second.weight"], (1, 1), "VALID", **options)
-    return jnp.tanh(x + p["second.bias"][:, None, None]).mean((2, 3)) @ p["last.weight"].T + p["last.bias"]
-
-
-class Texts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.norm, self.linear = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.linear(self.norm(self.table(x)))
-
-
-def texts(p, x):
-    x = p["table.weight"][x]
-    x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
-    return (x * p["norm.weight"] + p["norm.bias"]) @ p["linear.weight"].T + p["linear.bias"]
-
-
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("kind", "f", "x"), [(Images, images, torch.randn(6, 2, 6, 5).double()),
                                               (Texts, texts, torch.randint(7, (6, 3)))])  # fmt: skip
@@ -141,7 +105,7 @@ def test_the_factors_are_those_of_the_other_adapter(kind, f, x):
     preconditioner.update(outputs)
     outputs.square().sum().backward()
     preconditioner.step()
-    params = {name: jnp.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+    params = as_params(model)
     x = jnp.asarray(x.numpy())
     net = Network(f, "categorical", example=(params, x), estimator="exact")
     assert not net.skipped

@@ -1,0 +1,164 @@
+"""The state of a preconditioner, and its step: a pure function of arrays, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfaclinalg import Factors, KroneckerEigen, moving_average
+
+from ._control import Control, periods, turns
+from ._groups import Group, grouped
+from ._inverses import Inverse, blank, observed, refreshed
+from ._network import Network
+from ._squares import mean_squares
+from ._statistics import Statistics
+from ._traced import name_of
+
+
+class PreconditionState(NamedTuple):
+    """What the next steps depend on; the averages and inverses are of groups of layers of equal shapes."""
+
+    step: Any
+    taken: Any  #: statistics in the averages
+    rejected: Any  #: batches whose statistics or gradients were not finite
+    averages: tuple[Any, ...]
+    inverses: tuple[Inverse, ...]
+
+
+class Plan(NamedTuple):
+    """What is known of the layers that are there: their groups, and when each is due."""
+
+    groups: list[Group]
+    turns: list[int]
+    statistics_period: int
+    inverse_period: int
+
+
+class Transformation:
+    """The two functions of a transformation."""
+
+    def __init__(self, net: Network, control: Control, structure: Any) -> None:
+        self.names, self.layers = net.example.names, net.example.assembly.layers
+        self.control, self.structure = control, structure
+        self.moments, self.draws = net.example.moments(), net.estimator.draws(jax.tree.leaves(net.example.outputs)[0])
+
+    def __iter__(self) -> Any:
+        return iter((self.init, self.update))
+
+    def plan(self, leaves: Mapping[str, Any]) -> Plan:
+        layers = [layer for layer in self.layers if all(self.names[i] in leaves for i in layer.leaves)]
+        moments = [self.moments[layer.name] for layer in layers]
+        chosen = periods(layers, moments, self.structure, self.draws)
+        of_statistics, of_inverses = (self.control.period(name, chosen) for name in chosen)
+        return Plan(grouped(layers, self.moments), turns(moments, of_inverses), of_statistics, of_inverses)
+
+    def init(self, params: Any) -> PreconditionState:
+        groups = self.plan(_by_name(params)).groups
+        averages = tuple(group.zeros() for group in groups)
+        inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
+        zero = jnp.zeros((), jnp.int32)
+        return PreconditionState(zero, zero, zero, averages, inverses)
+
+    def update(
+        self,
+        updates: Any,
+        state: PreconditionState,
+        params: Any = None,
+        *,
+        statistics: Statistics | None = None,
+        **others: Any,
+    ) -> tuple[Any, PreconditionState]:
+        leaves = _by_name(updates)
+        plan, step = self.plan(leaves), state.step
+        finite = _are_finite(list(leaves.values()))
+        damping = self.control.damping_at(step)
+        taken, rejected, averages = state.taken, state.rejected, state.averages
+        takes: Any = False
+        if statistics is not None:
+            early = self.control.is_early("statistics_period", step, plan.statistics_period)
+            due = early | (step % plan.statistics_period == 0)
+            takes = due & finite & _are_finite(jax.tree.leaves(statistics.moments))
+            taken, rejected = taken + takes, rejected + (due & ~takes)
+            averages = self._averaged(plan, averages, statistics, takes, taken)
+        early = self.control.is_early("inverse_period", step, plan.inverse_period)
+        inverses = []
+        for group, old, M in zip(plan.groups, state.inverses, averages, strict=True):
+            turn = jnp.asarray([plan.turns[i] for i in group.places])
+            wanted = (early | (step % plan.inverse_period == turn) | ~old.ready) & (taken > 0)
+            new = refreshed(self.structure, M, old, wanted, damping)
+            if self.structure.observes and statistics is not None:
+                new = self._observed(plan, group, new, statistics, takes, damping)
+            inverses.append(new)
+        found = self._applied(plan, leaves, inverses, step, finite)
+        kept = [found.get(name_of(path), g) for path, g in jax.tree_util.tree_leaves_with_path(updates)]
+        updates = jax.tree.unflatten(
+            jax.tree.structure(updates), [jnp.where(finite, u, jnp.zeros_like(u)) for u in kept]
+        )
+        return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
+
+    def _averaged(self, plan: Plan, old: Any, statistics: Statistics, takes: Any, taken: Any) -> Any:
+        """ε = min(1 - 1/k, decay)."""
+        bound = self.control.decay_over(plan.statistics_period)
+        epsilon = jnp.minimum(1 - 1 / jnp.maximum(taken, 1), bound)
+
+        def mixed() -> Any:
+            new = (group.stacked(statistics.moments) for group in plan.groups)
+            pairs = zip(old, new, strict=True)
+            return tuple(moving_average(Factors((x,)), Factors((y,)), decay=epsilon).layers[0] for x, y in pairs)
+
+        return jax.lax.cond(takes, mixed, lambda: old)
+
+    def _observed(
+        self, plan: Plan, group: Group, old: Inverse, statistics: Statistics, takes: Any, damping: Any
+    ) -> Any:
+        """With EKFAC's squares, where the layers have a basis."""
+        if not isinstance(old.fitted, KroneckerEigen):
+            return old
+        decay = self.control.decay_over(plan.statistics_period)
+
+        def seen() -> Inverse:
+            members = [jax.tree.map(lambda x, i=i: x[i], old.fitted) for i in range(len(group.layers))]
+            names = [layer.name for layer in group.layers]
+            squares = [mean_squares(statistics, name, F) for name, F in zip(names, members, strict=True)]
+            return observed(self.structure, old, jnp.stack(squares), decay, damping)
+
+        return jax.lax.cond(takes, seen, lambda: old)
+
+    def _applied(self, plan: Plan, leaves: Mapping[str, Any], inverses: Any, step: Any, finite: Any) -> dict[str, Any]:
+        """The update of each parameter of a layer."""
+        found: dict[str, Any] = {}
+        length, agreement = self.control.length_at(step), 0.0
+        for group, inverse in zip(plan.groups, inverses, strict=True):
+            V = group.gradients(leaves, self.names)
+            ready = inverse.ready.reshape(-1, *[1] * (V.ndim - 1))
+            U = jnp.where(ready, inverse.operator.apply(V), V)
+            agreement = agreement + jnp.abs((U * V).reshape(len(V), -1).sum(-1)).sum()
+            found |= group.back(
+                U if length is None else of_length(U, length, group.layers[0].stack), self.names, leaves
+            )
+        if self.control.kl_clip is None:
+            return found
+        kappa, lr = (x(step) if callable(x) else x for x in (self.control.kl_clip, self.control.kl_lr or 1.0))
+        factor = jnp.minimum(1.0, jnp.sqrt(kappa / (lr**2 * agreement)))
+        return {name: (factor * u).astype(u.dtype) for name, u in found.items()}
+
+
+def of_length(U: Any, length: Any, stack: int) -> Any:
+    """Each U (layers, *stack, ...) with this root mean square; zero stays zero."""
+    axes = tuple(range(1 + stack, U.ndim))
+    largest = jnp.abs(U).max(axes, keepdims=True)  # squares may leave float32's range
+    scaled = U / jnp.where(largest == 0, 1.0, largest)
+    size = jnp.sqrt(jnp.square(scaled).mean(axes, keepdims=True))
+    return (scaled * (length / jnp.where(size == 0, 1.0, size))).astype(U.dtype)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _are_finite(arrays: list[Any]) -> Any:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all() if arrays else jnp.ones((), bool)

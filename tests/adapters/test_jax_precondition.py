@@ -1,0 +1,191 @@
+"""The preconditioner of optax: the other adapter's updates, what it composes with, and what makes it compile."""
+
+import backends  # noqa: F401 - JAX in float64
+import jax
+import jax.numpy as jnp
+import jax_models
+import numpy as np
+import optax
+import pytest
+import torch
+from jax_torch import Texts, as_params, texts
+from torch import nn
+
+from kfaclinalg import Exact, LowRank, Tridiagonal
+from kfaclinalg_jax import Network, Relative, precondition
+from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg_torch import Relative as TorchRelative
+
+KEY = jax.random.key(2)
+
+
+def stepper(net, tx, y):
+    """One step of a loop, compiled."""
+
+    @jax.jit
+    def step(params, state, x, key):
+        loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+        updates, state = tx.update(gradient, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"structure": "eigen"},
+        {"structure": Exact(), "inverse_period": 2, "statistics_period": 3},
+        {"structure": LowRank(2), "damping": Relative(0.01), "length": 0.01},
+        {"damping": 0.1, "kl_clip": 1e-4, "inverse_period": 3},
+    ],
+    ids=",".join,
+)
+def test_the_updates_are_those_of_the_other_adapter(options):
+    model, x = Texts(), torch.randint(7, (10, 6, 3))
+    y = torch.randint(5, (6, 3))
+    params = as_params(model)
+    theirs = {k: TorchRelative(v.fraction) if isinstance(v, Relative) else v for k, v in options.items()}
+    preconditioner = KFACPreconditioner(model, likelihood="categorical", estimator="exact", **theirs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    keep = "rows" if options.get("structure") == "eigen" else "moments"
+    inputs, targets = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+    net = Network(texts, "categorical", example=(params, inputs[0]), estimator="exact", keep=keep)
+    tx = optax.chain(precondition(net, **options), optax.sgd(0.3, momentum=0.9))
+    step, state = stepper(net, tx, targets), tx.init(params)
+    for i in range(10):
+        optimizer.zero_grad()
+        outputs = model(x[i])
+        preconditioner.update(outputs)
+        (nn.functional.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum") / len(outputs)).backward()
+        preconditioner.step()
+        optimizer.step()
+        params, state, _ = step(params, state, inputs[i], KEY)
+    assert step._cache_size() == 1
+    for name, p in as_params(model).items():
+        np.testing.assert_allclose(params[name], p, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def network(**options):
+    f, params, x, _, _ = jax_models.mlp()
+    return Network(f, "categorical", example=(params, x), **options), params, x, jnp.asarray([0, 1, 1, 0])
+
+
+COMPOSITIONS = {
+    "a schedule": lambda net: optax.chain(precondition(net), optax.sgd(optax.cosine_decay_schedule(0.3, 20))),
+    "masked": lambda net: optax.chain(optax.masked(precondition(net), {"W": True, "b": True, "V": False, "c": False}),
+                                      optax.sgd(0.1)),
+    "partition": lambda net: optax.partition(
+        {"kfac": optax.chain(precondition(net), optax.sgd(0.3)), "adam": optax.adam(1e-2)},
+        {"W": "kfac", "b": "kfac", "V": "adam", "c": "adam"}),
+    "MultiSteps": lambda net: optax.MultiSteps(optax.chain(precondition(net), optax.sgd(0.3)), 2),
+    "inject_hyperparams": lambda net: optax.chain(
+        optax.inject_hyperparams(precondition)(net, damping=optax.linear_schedule(1.0, 0.1, 10)), optax.sgd(0.1)),
+    "apply_if_finite": lambda net: optax.apply_if_finite(optax.chain(precondition(net), optax.adamw(1e-2)), 3),
+    "a damping that falls": lambda net: optax.chain(
+        precondition(net, damping=lambda k: Relative(0.5 / (1.0 + k))), optax.sgd(0.3, momentum=0.9, nesterov=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_it_composes_and_compiles_once(compose):
+    net, params, x, y = network()
+    tx = compose(net)
+    step, state = stepper(net, tx, y), tx.init(params)
+    first = None
+    for i in range(20):
+        params, state, loss = step(params, state, x, jax.random.key(i))
+        first = loss if first is None else first
+    assert loss < first
+    assert step._cache_size() == 1
+
+
+def test_what_is_masked_is_left_alone():
+    net, params, x, y = network()
+    tx = optax.masked(precondition(net), {"W": True, "b": True, "V": False, "c": False})
+    _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+    updates, _ = tx.update(gradient, tx.init(params), params, statistics=statistics)
+    whole = precondition(net)
+    expected, _ = whole.update(gradient, whole.init(params), params, statistics=statistics)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected | {name: gradient[name] for name in "Vc"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_of_nnx_takes_the_statistics():
+    nnx = jax_models.library("flax.nnx")
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    x, y = jax_models.inputs(3), jnp.asarray([0, 1, 1, 0])
+    net = Network(lambda p, x: nnx.merge(graph, p)(x), "categorical", example=(params, x))
+    tx = optax.chain(precondition(net), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        _, params = nnx.split(model, nnx.Param)
+        _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+        optimizer.update(model, gradient, statistics=statistics)
+
+    params = jax.tree.map(jnp.copy, params)  # those of the model change in place
+    _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+    updates, _ = tx.update(gradient, tx.init(params), params, statistics=statistics)
+    expected = optax.apply_updates(params, updates)
+    step(model, optimizer)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), nnx.split(model, nnx.Param)[1], expected)
+
+
+def test_a_batch_of_nan_is_refused_in_the_program():
+    net, params, x, y = network()
+    tx = precondition(net)
+    step, state = stepper(net, tx, y), tx.init(params)
+    params, state, _ = step(params, state, x, KEY)
+    after, refused, _ = step(params, state, x.at[0, 0].set(jnp.nan), KEY)
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    jax.tree.map(np.testing.assert_array_equal, refused.averages, state.averages)
+    assert (int(refused.rejected), int(refused.taken), int(refused.step)) == (1, 1, 2)
+    again, state, _ = step(after, refused, x, KEY)
+    assert all(jnp.isfinite(p).all() for p in again.values())
+    assert (int(state.rejected), step._cache_size()) == (1, 1)
+
+
+def test_an_inverse_that_fails_climbs_the_ladder_or_stays():
+    """G is singular without damping: 0 times any number is 0, a millionth of eps is enough from the third rung on."""
+    net, params, x, y = network()
+    statistics = net.value_grad_and_statistics(params, x, y, key=KEY)[2]
+    one = {name: M._replace(G=jnp.ones_like(M.G)) for name, M in statistics.moments.items()}
+    gradient = jax.tree.map(jnp.ones_like, params)
+    for damping, failures in ((0.0, 1), (1e-32, 0)):
+        tx = precondition(net, damping=damping)
+        updates, state = tx.update(gradient, tx.init(params), statistics=statistics._replace(moments=one))
+        assert all(int(inverse.failures.sum()) == failures for inverse in state.inverses)
+        assert all(jnp.isfinite(u).all() for u in updates.values())
+
+
+def test_parameters_in_half_precision_keep_their_dtype():
+    f, params, x, _, _ = jax_models.mlp()
+    params, x = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (params, x))
+    net = Network(f, "categorical", example=(params, x))
+    tx = precondition(net)
+    after, state, _ = stepper(net, tx, jnp.asarray([0, 1, 1, 0]))(params, tx.init(params), x, KEY)
+    assert {p.dtype for p in after.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert state.averages[0].A.dtype == jnp.float32
+
+
+def test_mistakes_in_the_options():
+    net, *_ = network()
+    for options, error, match in [
+        ({"structure": Tridiagonal()}, ValueError, "takes no links"),
+        ({"structure": "eigen"}, ValueError, "keep='rows'"),
+        ({"statistics_period": 1.5}, ValueError, "statistics_period is 1.5"),
+        ({"decay": 1.0}, ValueError, r"decay is 1.0, expected a number in \[0, 1\)"),
+        ({"damping": -1.0}, ValueError, "damping is -1.0"),
+        ({"length": "long"}, TypeError, "length is 'long'"),
+        ({"kl_lr": 0.1}, ValueError, "without kl_clip"),
+        ({"kl_clip": 0.1, "length": 0.1}, ValueError, "beside length"),
+    ]:
+        with pytest.raises(error, match=match):
+            precondition(net, **options)
+    with pytest.raises(ValueError, match="fraction is -1"):
+        Relative(-1)
