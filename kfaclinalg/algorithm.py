@@ -102,8 +102,8 @@ def kfac_iteration(
     _checks.check_class("schedule", schedule, Schedule)
     weights, state, info = _iteration(problem, (weights, state), options, schedule, lambda *measured: measured)
     b = _backends.resolve(W=weights[0])
-    numbers = {name: _backends.beside(b, getattr(state, name)) for name in NUMBERS}  # float64 is switched off again
-    return weights, state._replace(**numbers), StepInfo(*(_backends.beside(b, x) for x in info))
+    numbers: dict[str, Any] = {name: _backends.array_beside(b, getattr(state, name)) for name in NUMBERS}
+    return weights, state._replace(**numbers), StepInfo(*(_backends.array_beside(b, x) for x in info))
 
 
 def kfac_report(info: StepInfo, /) -> StepInfo:

@@ -29,10 +29,11 @@ class Schedule(NamedTuple):
     adapt: bool  # λ (every T1)
 
     @classmethod
-    def at(cls, k: int, options: KFACOptions) -> Schedule:
+    def at(cls, k: Any, options: KFACOptions) -> Schedule:
+        """That of iteration k; of an array, arrays, to choose by."""
         periods = options.inverse_period, options.gamma_period, options.damping_period
         refresh, sweep, adapt = (k % period == 0 for period in periods)
-        return cls(refresh or k <= 3, sweep, adapt)
+        return cls(refresh | (k <= 3), sweep, adapt)
 
 
 class KFACState(NamedTuple):

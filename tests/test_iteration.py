@@ -76,10 +76,9 @@ def copied(tree):
     return jax.tree.map(jnp.array, tree)
 
 
-@pytest.mark.parametrize("structure", ["block-diagonal", "eigen"])
-def test_fifty_compiled_steps_are_those_of_numpy(structure):
+def test_fifty_compiled_steps_are_those_of_numpy():
     """In four programs: every fifth iteration adapts λ, every twentieth makes all that there is."""
-    options = KFACOptions(structure, damping=0.01, **WHOLE)
+    options = KFACOptions(damping=0.01, **WHOLE)
     x, start = autoencoder()
     mlp, rng = MLP(ACTIVATIONS, "bernoulli"), np.random.default_rng(1)
     step = compiled(lambda batch: mlp.problem(batch[0], batch[0], rng=Drawn(batch[1]), **WHOLE), options)

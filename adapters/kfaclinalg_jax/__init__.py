@@ -6,6 +6,7 @@ equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A an
 
 from ._damping import Relative
 from ._estimators import Empirical, ExactFisher, Sampled
+from ._kfac import KFAC
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ._network import Network
 from ._precondition import precondition
@@ -13,6 +14,7 @@ from ._statistics import Statistics
 from ._transformation import PreconditionState
 
 __all__ = [
+    "KFAC",
     "Network",
     "precondition",
     "PreconditionState",

@@ -51,7 +51,7 @@ from .routines import (
     substituted,
     updated_moment,
 )
-from .scalars import beside, count, in_double, in_dtype, is_finite, scalar, weight, where
+from .scalars import array_beside, beside, count, in_double, in_dtype, is_finite, scalar, weight, where
 from .stacking import each
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "Scalar",
     "Scalars",
     "all_finite",
+    "array_beside",
     "assert_finite",
     "formula",
     "back_substitution",

@@ -84,6 +84,11 @@ def beside(b: Backend, x: Any) -> Any:
     return narrowed(x, b.widest) if b.xp.isdtype(x.dtype, "real floating") else x
 
 
+def array_beside(b: Backend, x: Scalars) -> Array:
+    """The same, of a number too."""
+    return b.xp.asarray(x, dtype=b.widest, device=b.device) if isinstance(x, Real) else beside(b, x)
+
+
 def in_dtype(b: Backend, x: Scalars) -> Scalars:
     """A number, or a 0-d array in the backend's dtype."""
     return x if isinstance(x, Real) else narrowed(x, b.dtype)

@@ -1,0 +1,136 @@
+"""One mini-batch of a `Network` as the `Problem` that `kfaclinalg.kfac_iteration` iterates on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfaclinalg import Factors, KFACOptions, LayerFactors, inner_products
+
+from ._moments import Rows
+from ._network import Network
+from ._sites import wide
+from ._traced import examples_of
+
+Matrices = tuple[Any, ...]
+
+
+class Weights:
+    """The parameters of a network as one matrix (or a batch of them) for each layer, all of one dtype."""
+
+    def __init__(self, net: Network) -> None:
+        traced = net.example
+        self.layers, self.tree = traced.assembly.layers, jax.tree.structure(traced.params)
+        self.leaves, self.dtype = traced.leaves, jnp.result_type(*traced.dtypes.values())
+
+    def of(self, params: Any) -> Matrices:
+        """The matrices of the parameters, or of what is shaped like them."""
+        leaves = jax.tree.leaves(params)
+        return tuple(layer.matrix(leaves).astype(self.dtype) for layer in self.layers)
+
+    def params(self, weights: Matrices) -> Any:
+        """The inverse of `of`, in the dtypes of the parameters."""
+        shapes = [tuple(leaf.shape) for leaf in self.leaves]
+        found: dict[int, Any] = {}
+        for layer, W in zip(self.layers, weights, strict=True):
+            found |= layer.back(W, shapes)
+        return jax.tree.unflatten(self.tree, [found[i].astype(x.dtype) for i, x in enumerate(self.leaves)])
+
+
+class NetworkProblem:
+    """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch, inside a program.
+
+    `fraction` is τ2; the key is that of the sampled targets and of the subsets S1 and S2.
+    """
+
+    def __init__(
+        self, net: Network, weights: Weights, batch: tuple[Any, Any, Any], options: KFACOptions, fraction: float
+    ) -> None:
+        self.net, self.weights, self.options, self.fraction = net, weights, options, fraction
+        x, self.targets, key = batch
+        self.inputs = x if isinstance(x, tuple) else (x,)
+        self.sampling, self.of_S1, self.of_S2 = jax.random.split(key, 3)
+
+    def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:
+        """h and ∇h on S'."""
+        params = self.weights.params(weights)
+
+        def loss(params: Any) -> tuple[Any, Any]:
+            z = self._outputs(params, self.inputs)
+            if check := getattr(self.net.likelihood, "check", None):
+                check(z, self.targets)
+            return self.net.likelihood.loss(z, self.targets), z
+
+        gradient, z = jax.grad(loss, has_aux=True)(params)
+        return self._loss(z), self.weights.of(gradient)
+
+    def loss(self, weights: Matrices) -> Any:
+        """h on S'."""
+        return self._loss(self._outputs(self.weights.params(weights), self.inputs))
+
+    def factors(self, weights: Matrices, links: bool) -> Factors:
+        """The second moments on S1, with targets from the model's own distribution."""
+        x, y = self._subset(self.options.statistics_fraction, self.of_S1)
+        params = self.weights.params(weights)
+        _, _, self._seen = self.net.value_grad_and_statistics(params, x, y, key=self.sampling)
+        moments = (self._seen.moments[layer.name] for layer in self.weights.layers)
+        return Factors(tuple(jax.tree.map(lambda M: M.astype(self.weights.dtype), pair) for pair in moments))
+
+    def squared_gradients(self, bases: Sequence[Any]) -> tuple[Any, ...]:
+        """The means of (Q_Bᵀ ∇W Q_A)² over the S1 of `factors`: of a layer without rows what its A and G say."""
+        found: list[Any] = []
+        for layer, basis in zip(self.weights.layers, bases, strict=True):
+            if isinstance(basis, LayerFactors):
+                found.append(None)
+            elif layer.name in self._seen.rows:
+                found.append(_squares_of_rows(basis, self._seen.rows[layer.name]))
+            else:
+                found.append(_squares_of_factors(basis, self._seen.moments[layer.name]))
+        return tuple(found)
+
+    def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Any:
+        """(J d_i)ᵀ F_R (J d_j), mean over S2: one forward pass, and one of tangents a direction (Appendix C)."""
+        x, _ = self._subset(self.fraction, self.of_S2)
+        z, push = jax.linearize(lambda params: self._outputs(params, x), self.weights.params(weights))
+        Jd = [push(self.weights.params(direction)) for direction in directions]
+        N = examples_of(x)
+        F_Jd = [jax.tree.map(lambda t: t / N, self.net.likelihood.fisher_product(z, t)) for t in Jd]
+        return inner_products(*([jax.tree.leaves(t) for t in ts] for ts in (Jd, F_Jd)))
+
+    def _outputs(self, params: Any, inputs: Any) -> Any:
+        return jax.tree.map(wide, self.net.f(params, *inputs))
+
+    def _loss(self, outputs: Any) -> Any:
+        """In float64: late in training the losses before and after a step differ in the last digits of float32."""
+        with jax.enable_x64(True):
+            z, y = jax.tree.map(_in_double, (outputs, self.targets))
+            return self.net.likelihood.loss(z, y)
+
+    def _subset(self, fraction: float, key: Any) -> tuple[Any, Any]:
+        """A random fraction of the examples, one at least."""
+        N = examples_of(self.inputs)
+        size = max(1, round(fraction * N))
+        if size == N:
+            return self.inputs, self.targets
+        chosen = jax.random.permutation(key, N)[:size]
+        return jax.tree.map(lambda x: x[chosen] if x.shape[:1] == (N,) else x, (self.inputs, self.targets))
+
+
+def _squares_of_rows(basis: Any, rows: Rows) -> Any:
+    """Of ∇W = Σ_R g aᵀ of each example, summed over the draws."""
+    Q_A, Q_B, turned = basis.Q_A[..., None, :, :], basis.Q_B[..., None, :, :], 0.0
+    for a, g in zip(rows.a, rows.g, strict=True):
+        turned = turned + jnp.einsum("d...nrj,...nri->d...nji", g @ Q_B, a @ Q_A)
+    return jnp.square(turned).mean(-3).sum(0)
+
+
+def _squares_of_factors(basis: Any, pair: LayerFactors) -> Any:
+    a, g = (jnp.diagonal(Q.mT @ M @ Q, axis1=-2, axis2=-1) for Q, M in ((basis.Q_A, pair.A), (basis.Q_B, pair.G)))
+    return g[..., :, None] * a[..., None, :]
+
+
+def _in_double(x: Any) -> Any:
+    return x.astype(jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
