@@ -21,7 +21,7 @@ unexport PYTHONPATH PYTHONHOME
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
 
-.PHONY: help demo race figures $(FIGURES) test oldest newest gpu gpu-dry lint docs site gallery dist bench performance plots clean
+.PHONY: help demo race figures $(FIGURES) test oldest newest interop gpu gpu-dry lint docs site gallery dist bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make test     lint, then the tests                      (ARGS='-k name' goes to pytest)"
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
+	@echo "make interop  the curvature beside curvlinops, laplace-torch and kronfluence, with GPyTorch's solvers"
 	@echo "make lint     ruff and mypy"
 	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part)"
 	@echo "make gpu-dry  the same in small on a CPU: that it runs"
@@ -86,6 +87,16 @@ $(VENV)-newest/.made:
 	@mkdir -p $(VENV)-newest
 	if python3.13 --version 2> /dev/null; then python3.13 -m venv --clear $(VENV)-newest; touch $@; fi
 
+interop: $(VENV)-interop/.made
+	$(VENV)-interop/bin/python -m pytest -q --noconftest tests/adapters/test_interop.py $(ARGS)
+
+# A registry's torchvision may be of another build of torch: torchmetrics, of laplace-torch, imports it where it is there.
+$(VENV)-interop/.made: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PYTHON) -m venv --clear $(VENV)-interop
+	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[interop,demo]'
+	$(VENV)-interop/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
@@ -138,7 +149,7 @@ plots: $(VENV)/.bench
 	$(PYTHON) asv_benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist asv_benchmarks/env asv_benchmarks/html
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-interop build dist asv_benchmarks/env asv_benchmarks/html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

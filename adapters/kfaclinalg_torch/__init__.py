@@ -21,6 +21,7 @@ from ._preconditioner import KFACPreconditioner
 from ._report import report
 from ._stored import load_curvature
 from ._table import Rule
+from ._torch_operators import curvlinops_operator, gpytorch_operator
 from ._watch import Watch
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "laplace_backend",
     "report",
     "Watch",
+    "curvlinops_operator",
+    "gpytorch_operator",
     "Rule",
     "Block",
     "Rows",

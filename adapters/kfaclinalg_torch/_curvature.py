@@ -178,8 +178,8 @@ class Curvature:
     def _first_parameters(self) -> list[Tensor]:
         return [layer.parameters[0] for layer in self._passes.layers]
 
-    def _shifted(self, delta: Any, scale: Any = 1.0) -> list[KroneckerEigen]:
-        deltas = one_a_layer("delta", delta, len(self.eigen))
+    def _shifted(self, delta: Any, scale: Any = 1.0, name: str = "delta") -> list[KroneckerEigen]:
+        deltas = one_a_layer(name, delta, len(self.eigen))
         scale = scale if isinstance(scale, Tensor) else float(scale)
         return [F.map(lambda s: scale * s).shifted(d) for F, d in zip(self.eigen, deltas, strict=True)]
 
@@ -187,4 +187,4 @@ class Curvature:
         if damping is None:
             means: list[Any] = [F.eigenvalues.mean() for F in self.eigen]  # type: ignore[attr-defined]
             damping = [0.1 * torch.where(mean == 0, 1.0, mean) for mean in means]  # no gradient has reached a zero one
-        return [P.inverse() for P in self._shifted(damping)]
+        return [P.inverse() for P in self._shifted(damping, name="damping")]

@@ -18,6 +18,7 @@ from ._use import Use
 
 Gradients = Any  # of N examples: an OuterProduct with L (N, m, R) and R (N, n, R), or a tensor (N, ..., m, n)
 BUFFER = 2**24  # entries of formed gradients at once
+CACHE = 2**18  # entries that stay in a cache
 
 
 def gradients_of(layer: Layer, pairs: Sequence[tuple[Use, Tensor]], N: int, dtype: torch.dtype) -> Gradients:
@@ -70,7 +71,11 @@ def inner(P: Tensor, V: Gradients) -> Tensor:
         q, m, n = P.shape
         if q <= n:  # forms q m N entries, not m n N
             a, g = _tensor(V.R[..., 0]), _tensor(V.L[..., 0])
-            return ((P.flatten(0, 1) @ a.mT).view(q, m, -1) * g.mT).sum(1)
+            some = max(
+                1, CACHE // (m * len(a))
+            )  # what is made of these queries is read again before it leaves the cache
+            rows = [((Q.flatten(0, 1) @ a.mT).view(-1, m, len(a)) * g.mT).sum(1) for Q in P.split(some)]
+            return torch.cat(rows)
     return torch.cat([P.flatten(1) @ part.flatten(1).mT for part in _split(V, 1)], 1)
 
 

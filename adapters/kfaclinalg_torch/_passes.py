@@ -112,6 +112,11 @@ class Passes:
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 outputs = tensor_of(self.outputs, piece.call(self.model))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                raise
+            shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(piece.inputs) if isinstance(x, Tensor)]
+            raise ValueError(f"the model does not take inputs of shapes {shapes}: {error}") from error
         finally:
             self.capture.paused = True
         likelihood = masked(self.likelihood, self.capture.now.mask, outputs)

@@ -57,6 +57,8 @@ def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -
                         example_forms(P, column) for P, column in zip(inverses, zip(*columns, strict=True), strict=True)
                     )
                 )
+    if not found:
+        raise ValueError("inputs is empty, expected one batch or more")
     return torch.cat(found)
 
 

@@ -1,25 +1,33 @@
 """Agreement with curvlinops, laplace-torch and kronfluence, where they are installed (the extra `interop`), in float64.
 
-The networks have a linear layer and a convolution, and a normalisation and an embedding where the other takes them.
+The network has linear layers, a convolution, a normalisation and an embedding. curvlinops and kronfluence take the
+first two alone: there the others are skipped. laplace-torch takes all of them with our backend.
 """
 
 import pytest
 import torch
 from torch import nn
 
-from kfaclinalg_torch import fit_curvature, laplace_backend
+from kfaclinalg_torch import FisherOperator, curvlinops_operator, fit_curvature, gpytorch_operator, laplace_backend
 
 N, K, TOLERANCE = 24, 3, 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Convolutional(nn.Module):
-    def __init__(self):
+KNOWN, OTHERS = ("conv", "hidden", "last"), ("embed", "norm")
+
+
+class Network(nn.Module):
+    def __init__(self, plain=False):
         super().__init__()
         self.conv, self.hidden, self.last = nn.Conv2d(1, 2, 3), nn.Linear(32, 5), nn.Linear(5, K)
+        if not plain:
+            self.embed, self.norm = nn.Embedding(2, 5), nn.LayerNorm(5)
+        self.plain = plain
 
     def forward(self, x):
-        return self.last(torch.tanh(self.hidden(torch.tanh(self.conv(x)).flatten(1))))
+        h = torch.tanh(self.hidden(torch.tanh(self.conv(x)).flatten(1)))
+        return self.last(h if self.plain else self.norm(h + self.embed((x[:, 0, 0, 0] > 0).long())))
 
 
 @pytest.fixture
@@ -27,7 +35,7 @@ def case():
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield Convolutional().eval(), torch.randn(N, 1, 6, 6), torch.randint(K, (N,))
+    yield Network().eval(), torch.randn(N, 1, 6, 6), torch.randint(K, (N,))
     torch.set_default_dtype(before)
 
 
@@ -40,11 +48,11 @@ def test_factors_of_curvlinops(case, estimator):
     curvlinops = pytest.importorskip("curvlinops")
     model, x, y = case
     kind = curvlinops.FisherType.TYPE2 if estimator == "exact" else curvlinops.FisherType.EMPIRICAL
-    loss, parameters = nn.CrossEntropyLoss(), list(model.parameters())
+    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters() if name.startswith(KNOWN)}
+    loss, parameters = nn.CrossEntropyLoss(), [model.get_parameter(name) for name in tangents]
     options = {"fisher_type": kind, "check_deterministic": False, "separate_weight_and_bias": False}
     theirs = curvlinops.KFACLinearOperator(model, loss, parameters, [(x, y)], **options)
-    ours = fit_curvature(model, "categorical", [(x, y)], estimator=estimator, progress=False)
-    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    ours = fit_curvature(model, "categorical", [(x, y)], estimator=estimator, skip=OTHERS, progress=False)
     product = dict(zip(tangents, theirs @ list(tangents.values()), strict=True))
     mine = ours.unpack(ours.operator @ ours.pack(tangents))
     for name in tangents:
@@ -59,10 +67,11 @@ def test_eigenvalues_of_curvlinops(case, estimator):
     model, x, y = case
     kind = curvlinops.FisherType.TYPE2 if estimator == "exact" else curvlinops.FisherType.EMPIRICAL
     options = {"fisher_type": kind, "check_deterministic": False, "separate_weight_and_bias": False}
-    parameters = list(model.parameters())
+    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters() if name.startswith(KNOWN)}
+    parameters = [model.get_parameter(name) for name in tangents]
     theirs = curvlinops.EKFACLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(x, y)], **options)
-    ours = fit_curvature(model, "categorical", [(x, y)], estimator=estimator, structure="eigen", progress=False)
-    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    fitted = {"estimator": estimator, "structure": "eigen", "skip": OTHERS, "progress": False}
+    ours = fit_curvature(model, "categorical", [(x, y)], **fitted)
     product = dict(zip(tangents, theirs @ list(tangents.values()), strict=True))
     mine = ours.unpack(ours.operator @ ours.pack(tangents))
     for name in tangents:
@@ -88,7 +97,8 @@ def kron_laplace(laplace, case, backend, batch):
 def test_laplace_takes_the_backend(laplace, case, batch):
     from laplace.curvature import CurvlinopsGGN
 
-    _, x, _ = case
+    _, x, y = case
+    case = (Network(plain=True).eval(), x, y)
     ours = kron_laplace(laplace, case, laplace_backend(), batch)
     try:
         theirs = kron_laplace(laplace, case, CurvlinopsGGN, batch)
@@ -124,6 +134,15 @@ def test_the_posterior_is_that_of_laplace(laplace, case):
         gram = block.inverse().gram(U, U).reshape(5, K, 5, K)
         mine = mine + torch.stack([gram[i, :, i] for i in range(5)])
     agree(mine, variance)
+    # Samples: theirs are θ + P^-1/2 z, with the one root that is symmetric.
+    size = sum(p.numel() for p in ps)
+    theirs = la.posterior_precision.bmm(torch.eye(size), exponent=-0.5)
+    parts = torch.eye(size).split([p.numel() for p in ps], -1)
+    roots = [
+        (block.power(-0.5) @ part.reshape(-1, *p.shape)).reshape(size, -1)
+        for part, p, block in zip(parts, ps, P.blocks, strict=True)
+    ]
+    agree(torch.cat(roots, 1), theirs)
 
 
 def test_scores_of_kronfluence(case, tmp_path):
@@ -142,9 +161,10 @@ def test_scores_of_kronfluence(case, tmp_path):
             return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self):
-            return ["conv", "hidden", "last"]
+            return list(KNOWN)
 
-    curvature = fit_curvature(model, "categorical", [(x, y)], structure="eigen", estimator="empirical", progress=False)
+    fitted = {"structure": "eigen", "estimator": "empirical", "skip": OTHERS, "progress": False}
+    curvature = fit_curvature(model, "categorical", [(x, y)], **fitted)
     ours = curvature.scores((x[:5], y[:5]), (x, y))
     alone = curvature.self_scores((x, y))
     data = torch.utils.data.TensorDataset(x, y)
@@ -173,3 +193,29 @@ def test_scores_of_kronfluence(case, tmp_path):
     analyzer.compute_self_scores("self", "f", train_dataset=data, per_device_train_batch_size=N,
                                  score_args=score_args, overwrite_output_dir=True)  # fmt: skip
     agree(alone, analyzer.load_self_scores("self")["all_modules"])
+
+
+def test_the_solvers_of_gpytorch_and_curvlinops_take_our_operators(case):
+    """To 1e-4 by GPyTorch's cg, which curvlinops calls too: it adds 1e-10 to the squares that it divides by."""
+    gpytorch, curvlinops = pytest.importorskip("linear_operator"), pytest.importorskip("curvlinops")
+    model, x, y = case
+    F, curvature = FisherOperator(model, "categorical", [(x, y)]), fit_curvature(model, "categorical", (x, y))
+    P, b = curvature.shifted(3.0), torch.randn(sum(p.numel() for p in model.parameters()), 2)
+    dense = torch.stack([F.stacked(F @ F.split(e)) for e in torch.eye(len(b))], 1) + 3.0 * torch.eye(len(b))
+    solution = torch.linalg.solve(dense, b)
+    A, inverse = gpytorch_operator(F, 3.0), gpytorch_operator(P.inverse())
+    agree(A @ b, dense @ b)
+    agree(inverse.to_dense(), P.inverse().to_dense())
+    limits = {"tolerance": 1e-12, "max_iter": 40}
+    found = [
+        gpytorch.utils.linear_cg(A.matmul, b, preconditioner=inverse.matmul, **limits),
+        curvlinops.CGInverseLinearOperator(curvlinops_operator(F, 3.0), **limits) @ b,
+    ]
+    settings = gpytorch.settings
+    with settings.max_cholesky_size(1), settings.cg_tolerance(1e-12), settings.max_cg_iterations(40):
+        found.append(A.solve(b))
+    found.append(curvlinops.LSMRInverseLinearOperator(curvlinops_operator(F, 3.0), atol=1e-13, btol=1e-13) @ b)
+    for x in found:
+        error = torch.linalg.vector_norm(x - solution)
+        assert float(error) <= 1e-4 * float(torch.linalg.vector_norm(solution))
+    agree(found[-1], solution)

@@ -8,7 +8,15 @@ from curvature_cases import EPS, MODELS, Case, K, N, Words, close, eye, flat, ml
 from torch import nn
 
 from kfaclinalg import KroneckerEigen, Tridiagonal, testing
-from kfaclinalg_torch import Empirical, FisherOperator, Sampled, fit_curvature, load_curvature
+from kfaclinalg_torch import (
+    Empirical,
+    FisherOperator,
+    Sampled,
+    curvlinops_operator,
+    fit_curvature,
+    gpytorch_operator,
+    load_curvature,
+)
 from kfaclinalg_torch._fit import _corrected
 
 pytestmark = pytest.mark.filterwarnings("ignore:fit_curvature takes the diagonal")
@@ -304,12 +312,32 @@ def test_mistakes_are_refused():
             curvature.logdet(bad)
         with pytest.raises(ValueError, match="scale is"):
             curvature.logdet(1.0, scale=bad)
-    with pytest.raises(ValueError, match=r"delta is 0, expected a number > 0"):
-        curvature.scores(case.loader(), case.loader(), damping=0)
+    for bad in (0, -1.0):
+        for of in (curvature.self_scores, lambda x, **k: curvature.scores(x, x, **k)):
+            with pytest.raises(ValueError, match=rf"damping is {bad}, expected a number > 0"):
+                of(case.loader(), damping=bad)
+        for of in (curvature.sample, lambda **k: curvature.variances(case.x, **k)):
+            with pytest.raises(ValueError, match=rf"delta is {bad}, expected a number > 0"):
+                of(delta=bad)
     with pytest.raises(ValueError, match="queries is empty"):
         curvature.scores([], case.loader())
-    with pytest.raises((ValueError, RuntimeError)):
-        curvature.scores((case.x[:, :3], case.y), case.loader())
+    with pytest.raises(ValueError, match="examples is empty"):
+        curvature.self_scores([])
+    with pytest.raises(ValueError, match="inputs is empty"):
+        curvature.variances([])
+    narrow = (case.x[:, :3], case.y)
+    for of in (
+        lambda: curvature.scores(narrow, case.loader()),
+        lambda: curvature.scores(case.loader(), narrow),
+        lambda: curvature.self_scores(narrow),
+        lambda: curvature.variances(narrow[0]),
+    ):
+        with pytest.raises(ValueError, match=r"the model does not take inputs of shapes \[\(20, 3\)\]"):
+            of()
+    with pytest.raises(ValueError, match="inputs and targets have"):
+        curvature.scores((case.x, case.y[:3]), case.loader())
+    with pytest.raises(TypeError, match="queries gives a Tensor, expected pairs"):
+        curvature.scores(case.x, case.loader())
     with pytest.raises(ValueError, match=r"tensors lack 2\.bias"):
         curvature.pack({k: v for k, v in case.parameters.items() if k != "2.bias"})
     with pytest.raises(ValueError, match=r"'0\.bias' has shape"):
@@ -320,6 +348,9 @@ def test_mistakes_are_refused():
         curvature.projection("middle")
     with pytest.raises(TypeError, match="mask is a Tensor, expected a function"):
         case.fit(mask=torch.ones(N, dtype=torch.bool))
+    for of in (gpytorch_operator, curvlinops_operator):
+        with pytest.raises(TypeError, match="operator is a Curvature, expected a FisherOperator or a BlockDiagonal"):
+            of(curvature)
     with pytest.raises(ValueError, match="Vs have shapes"):
         FisherOperator(case.model, "categorical", case.loader()) @ (torch.ones(2, 2),)
     assert isinstance(curvature.eigen[0], KroneckerEigen)
