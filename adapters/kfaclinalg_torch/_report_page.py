@@ -30,7 +30,8 @@ PAGE = """<!doctype html>
   table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .6rem 0 1.6rem; }}
   th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }}
   figure {{ margin: 1rem 0 2rem; }}
-  figure svg {{ display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }}
+  h1 {{ font-size: 1.6rem; }}
+  figure svg {{ display: block; background: #fff; border-radius: 4px; }}
   figcaption {{ font-size: .9rem; opacity: .8; max-width: 48rem; margin-top: .4rem; }}
 </style>
 <h1>{title}</h1>
@@ -126,7 +127,7 @@ def _grid(count: int, height: float, columns: int = COLUMNS) -> tuple[Any, list[
 
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, height * rows), layout="constrained")
+    figure = Figure(figsize=(2.35 * columns + 0.4, height * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.tick_params(labelsize=7, which="both")
@@ -140,4 +141,5 @@ def _figure(figure: Any, text: str) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg")
     svg = out.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(text)}</figcaption></figure>"
+    svg = svg[svg.index("<svg") :]
+    return f'<figure><div class="wide">{svg}</div><figcaption>{html.escape(text)}</figcaption></figure>'
