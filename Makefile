@@ -67,7 +67,7 @@ TORCH ?= 2.13.0
 ALGEBRA := $(addprefix tests/test_,algorithm.py blocks.py cholesky_inverse.py curvature.py damping.py factors.py)
 ALGEBRA += $(addprefix tests/test_,kronecker.py kronecker_basis.py kronecker_pair.py low_rank.py quadratic.py spd.py)
 ALGEBRA += tests/paper -k 'not jit and not strict'
-PACKAGES := array-api-strict hypothesis mpmath pytest pytest-xdist torch==$(TORCH)
+PACKAGES := array-api-strict hypothesis mpmath pytest pytest-xdist sybil torch==$(TORCH)
 
 oldest: $(VENV)-oldest/.made
 	$(VENV)-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[jax]' $(PACKAGES)
@@ -75,7 +75,7 @@ oldest: $(VENV)-oldest/.made
 
 newest: $(VENV)-newest/.made
 	@if [ -x $(VENV)-newest/bin/python ]; then set -ex; \
-	    $(VENV)-newest/bin/python -m pip install --quiet -c constraints.txt -e '.[jax]' pytest; \
+	    $(VENV)-newest/bin/python -m pip install --quiet -c constraints.txt -e '.[jax]' pytest sybil; \
 	    $(VENV)-newest/bin/python -m pytest -q --doctest-modules kfaclinalg adapters/kfaclinalg_mlp $(ARGS); \
 	else echo "no python3.13 on the PATH"; fi
 
