@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from kfaclinalg import Factors, LayerFactors, Link, averaging_decay, moving_average, update_factors
 
-from ._blocks import Block
+from ._blocks import Block, outline
 from ._checkpoint import check, check_keys, check_links, check_moments, is_number
 from ._inverses import Averaged
 from ._layer import Layer
@@ -23,6 +21,7 @@ class Averages:
         self.layers: dict[str, LayerFactors] = {}
         self.links: tuple[Link, ...] = ()
         self.taken = 0  #: statistics
+        self.known: set[str] = set()  #: the blocks that some process has seen, where others may hold their averages
 
     def take(self, new: dict[str, LayerFactors | Held], links: tuple[Link, ...], decay: float) -> None:
         """One statistic more, with the weight 1 - min(1 - 1/k, decay)."""
@@ -56,7 +55,7 @@ class Averages:
         for name, pair in state["moments"].items():
             check(name in expected, f"{name!r} is no layer")
             check_moments(name, pair, expected[name].empty_moments())
-        check_links(state["links"], [layer.matrix(torch.detach).shape for layer in chain])
+        check_links(state["links"], [layer.matrix(outline).shape for layer in chain])
 
     def load(self, state: dict[str, Any]) -> None:
         self.layers, self.links, self.taken = state["moments"], state["links"], state["taken"]

@@ -22,6 +22,13 @@ Mask = Tensor | None
 LARGEST = 8192  # a side longer than this keeps the diagonal of its moment
 
 
+def outline(parameter: Any) -> Tensor:
+    """A tensor like a parameter; of a sharded one its shape, dtype and device, and nothing to read."""
+    if hasattr(parameter, "device_mesh"):
+        return parameter.to_local().new_zeros(()).expand(parameter.shape)
+    return parameter.detach()
+
+
 class Block(ABC):
     """`x` is what came into the module, `g` the gradient at its outputs: of N examples, in the factors' dtype."""
 
@@ -54,7 +61,7 @@ class Block(ABC):
 
     def empty_moments(self) -> tuple[Tensor, Tensor]:
         """Those of no rows."""
-        W = self.matrix(torch.detach)
+        W = self.matrix(outline)
         *batch, m, n = W.shape
         A, G = (W.new_zeros(d) if d > LARGEST and not batch else W.new_zeros(*batch, d, d) for d in (n, m))
         return A, G

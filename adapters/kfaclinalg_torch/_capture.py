@@ -44,6 +44,7 @@ class Capture:
         self.sites = sites
         self.mask_of = None if mask_of is None else _weakly(mask_of)
         self.uses: list[Use] = []
+        self.empty: list[Any] = []  # where passes of no examples end that others' passes need
         self.others: dict[nn.Module, str] = {}
         self.called: set[Block] = set()
         self.paused = self.removed = self.idle = False  # idle: a rule's forward would show what nobody keeps
@@ -59,7 +60,9 @@ class Capture:
                 vars(module)["forward"] = partial(self._instead, module, site, vars(module).get("forward"))
                 self._replaced.append(module)
             else:
-                self._handles.append(module.register_forward_hook(partial(self._after, site), with_kwargs=True))
+                first = hasattr(module, "unshard")  # before FSDP takes the whole parameters away
+                hook = partial(self._after, site)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         self._handles.append(model.register_forward_hook(self._end))  # after those of the model's own blocks
 
     def leave(self, gone: Mapping[Block, str]) -> None:
@@ -137,7 +140,10 @@ class Capture:
         return not why
 
     def _record(self, block: Block, x: Tensor, output: Tensor, mask: Tensor | None, *others: Any) -> None:
-        if not output.requires_grad or not x.numel():
+        if not output.requires_grad:
+            return
+        if not x.numel():
+            self.empty.append(get_gradient_edge(output))
             return
         single = x.ndim < block.batched_ndim
         if single:

@@ -26,6 +26,7 @@ from kfaclinalg import (
     LowRankPlusDiagonal,
 )
 
+from ._blocks import outline
 from ._control import BOUNDS
 from ._layer import Layer
 from ._links import chained
@@ -76,7 +77,7 @@ def check_keys(state: Any, names: Iterable[str]) -> None:
 
 def made(structure: Any, estimator: Any, layers: Sequence[Layer]) -> dict[str, Any]:
     """What a state was made with."""
-    shapes = {layer.name: list(layer.matrix(torch.detach).shape) for layer in layers}
+    shapes = {layer.name: list(layer.matrix(outline).shape) for layer in layers}
     return {"structure": repr(structure), "estimator": repr(estimator), "layers": shapes}
 
 

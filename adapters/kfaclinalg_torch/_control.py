@@ -41,14 +41,19 @@ class Controlled:
         self._steps = 0
         self._periods: dict[str, int] = {}  # of "auto"
 
-    def _count(self, work: Work, layers: Iterable[LayerFactors], *, spectral: bool) -> None:
-        """Choose the periods, once."""
+    def _count(
+        self, work: Work, layers: Iterable[LayerFactors], *, spectral: bool, parts: tuple[int, int] = (1, 1)
+    ) -> None:
+        """Choose the periods, once; of the refreshes and of the products one of so many `parts` is this process's."""
         known = list(layers)
-        spare = max(work.model - sum(map(product_of, known)), work.model // 4, 1)
-        refresh = sum(map(cost_of, known)) * (EIGENVALUES if spectral else 1)
+        spare = max(work.model - sum(map(product_of, known)) // parts[1], work.model // 4, 1)
+        refresh = sum(map(cost_of, known)) * (EIGENVALUES if spectral else 1) / parts[0]
         costs = {"statistics_period": work.statistic, "inverse_period": refresh}
         for name, (least, largest) in BOUNDS.items():
             self._periods.setdefault(name, min(max(-(-2 * int(costs[name]) // spare), least), largest))
+
+    def _damping(self) -> Relative | float:
+        return at(self._steps, "damping", self.damping)
 
     def _period(self, name: str) -> int:
         """That of this step: 1 in the early ones of "auto"."""
@@ -68,7 +73,7 @@ class Controlled:
 
     @property
     def _is_relative(self) -> bool:
-        return isinstance(at(self._steps, "damping", self.damping), Relative)
+        return isinstance(self._damping(), Relative)
 
     def _length(self) -> tuple[float | None, tuple[float, float] | None]:
         """The root mean square of each layer's update; and what else limits all of it, κ and lr."""

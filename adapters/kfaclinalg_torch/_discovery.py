@@ -76,19 +76,23 @@ def unwrapped(model: Any) -> nn.Module:
     return unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def check_whole(model: nn.Module) -> None:
+    """A ValueError names a sharded parameter."""
+    if sharded := [name for name, p in model.named_parameters() if hasattr(p, "device_mesh")]:
+        raise ValueError(f"{sharded[0]} is one of {len(sharded)} sharded parameters (DTensor), expected whole ones")
+
+
 def found(model: nn.Module, skip: Sequence[str], table: Mapping[type, Rule], fallback: str) -> Found:
     """The layers of a model, in the order of its modules; `skip` names modules to leave alone.
 
     Raises:
-        ValueError: there is nothing to precondition, sharded parameters, or no module of a name in `skip`.
+        ValueError: there is nothing to precondition, or no module of a name in `skip`.
     """
     modules = dict(model.named_modules())
     if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
         raise ValueError(f"skip is {skip!r}, expected a sequence of names")
     if unknown := sorted(set(skip) - modules.keys()):
         raise ValueError(f"skip names {', '.join(map(repr, unknown))}, expected names of modules: {', '.join(modules)}")
-    if sharded := [name for name, p in model.named_parameters() if hasattr(p, "device_mesh")]:
-        raise ValueError(f"{sharded[0]} is one of {len(sharded)} sharded parameters (DTensor), expected whole ones")
     left: dict[Any, str] = {}
     sites: dict[nn.Module, Site] = {}
     inside: set[nn.Module] = set()  # what a rule of the module around it takes

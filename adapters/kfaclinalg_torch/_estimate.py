@@ -22,9 +22,9 @@ from ._gather import gather, in_full_precision
 from ._inverses import Inverses
 from ._likelihoods import Likelihood, masked
 from ._masks import mask_of
-from ._processes import several_processes
 from ._settings import tensor_of
 from ._statistics import Statistic
+from ._team import Team
 from ._use import Use
 from ._verdict import misjudged
 
@@ -45,10 +45,11 @@ class Estimate:
         outputs: Any,
         mask: Any,
         settled: Callable[[dict[Any, str]], None],
+        team: Team,
     ) -> None:
         self.take(found)
         self.estimator, self.likelihood, self.sharing = estimator, likelihood, sharing
-        self.dtype, self.generator, self.outputs, self.mask = dtype, generator, outputs, mask
+        self.dtype, self.generator, self.outputs, self.mask, self.team = dtype, generator, outputs, mask, team
         self.device = found.layers[0].parameters[0].device
         self.averages = Averages()
         self.rejected, self.due, self._estimating = 0, False, False
@@ -63,9 +64,9 @@ class Estimate:
     def begin(self, due: bool, keep: bool) -> None:
         """A new statistic, if this step takes one; `keep` where more than A and G is made of it."""
         self.due = due
-        self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep)
+        self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep, self.team)
         self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
-        self._ends = {}
+        self._ends, self.capture.empty = {}, []
         self.capture.idle = not due
 
     def update(self, returned: Any) -> None:
@@ -75,6 +76,7 @@ class Estimate:
             raise ValueError("outputs is a tensor without gradients, expected one of a pass with gradients enabled")
         if not self.due or self.capture.paused:
             return
+        self._pass_along(outputs)
         self._settle(outputs)
         uses, now = [use for use in self.capture.uses if use.block in self._blocks], self.capture.now
         parameters = {block.parameter: block.parameter for block in self.found.entries}
@@ -84,16 +86,19 @@ class Estimate:
             reached = self._gather(uses, parameters, outputs, cotangents, now)
         finally:
             self._estimating = False
-        if not outputs.numel():
-            return  # the other processes may have examples, and wait in `step`
-        if not any(reached):
+        if outputs.numel() and not any(reached):
             raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
         self.capture.uses = [use for use, done in zip(uses, reached, strict=False) if not done]
 
+    def _pass_along(self, outputs: Tensor) -> None:
+        """As many backward passes of no examples as others take: where parameters are sharded all take part in each."""
+        times = getattr(self.estimator, "samples", outputs.shape[1:].numel())
+        for _ in range(0 if outputs.numel() or not self.capture.empty else times):
+            torch.autograd.grad(outputs, self.capture.empty, outputs.detach(), retain_graph=True, allow_unused=True)
+
     def average(self, gradients: Sequence[Tensor], inverses: Inverses, decay: float) -> dict[str, Any] | None:
         """Take this step's statistic into the averages; None where its numbers, or the gradients, overflowed."""
-        if not (self.statistic.empty or several_processes()):  # whose gradients may be another's
-            self._settle(None)
+        self._settle(None)
         new, links = self.statistic.moments(self.scale), inverses.links(self.statistic, self.scale)
         checked = [M.d if hasattr(M, "d") else M for found in new.values() for M in found] + list(gradients)
         extremes = [y for x in checked if x.numel() for y in torch.aminmax(x)]  # NaN where there is one
@@ -102,11 +107,6 @@ class Estimate:
             return None
         self.averages.take(new, links, decay)
         return new
-
-    @property
-    def shown(self) -> bool:
-        """Whether there is anything to average, in this process or another."""
-        return not self.statistic.empty or (self.due and several_processes())
 
     @property
     def scale(self) -> float:
@@ -120,9 +120,8 @@ class Estimate:
             slopes = torch.autograd.grad(outputs.sum(), edges, retain_graph=True, allow_unused=True)
             passes = {use.of for use, g in zip(self.capture.uses, slopes, strict=True) if g is not None} or passes
         of = max(passes, key=lambda one: one.number)
-        likelihood: Any = self.likelihood
-        examples = max(one.examples for one in passes)
-        return self.estimator.cotangents(masked(likelihood, of.mask, outputs), outputs, examples, self.generator)
+        likelihood: Any = masked(self.likelihood, of.mask, outputs)  # type: ignore[arg-type]
+        return self.estimator.cotangents(likelihood, outputs, max(one.examples for one in passes), self.generator)
 
     _gather = in_full_precision(lambda self, *args: gather(self.statistic, *args))
 

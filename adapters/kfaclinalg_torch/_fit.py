@@ -17,7 +17,6 @@ from ._layer import Layer
 from ._likelihoods import Likelihood
 from ._links import chained, cross_moments
 from ._passes import Data, Passes, is_pair
-from ._processes import over_processes, several_processes
 from ._spectra import spectra_of
 from ._squares import squared_gradients
 from ._statistics import Statistic
@@ -65,7 +64,7 @@ def fit_curvature(
     twice = passes.structure.observes or passes.structure.linked
     if twice and iter(loader) is loader:
         raise TypeError(f"loader is a {type(loader).__name__}, of one pass, and {structure!r} takes two: give a list")
-    if passes.structure.linked and several_processes():
+    if passes.structure.linked and passes.team.size > 1:
         raise ValueError(f"structure {structure!r} takes all of the data in one process, got several")
     device = None if offload is None else torch.device(offload)
     state = passes.generator.get_state()
@@ -107,7 +106,7 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
     for statistic in (together, alone):
         found |= statistic.moments(1.0) if statistic.all else {}
     layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
-    _, (N,) = over_processes([layers[0].G.diagonal()], [max(together.examples, alone.examples)])
+    _, (N,) = passes.team.sums([], [max(together.examples, alone.examples)])
     return Factors(layers), N
 
 
@@ -116,7 +115,8 @@ def _statistics(passes: Passes) -> tuple[Statistic, Statistic]:
     blocks, sharing = passes.trained.found.blocks, passes.trained.sharing
     alone = [block for block in blocks if isinstance(block, Entries)]
     seen = [block for block in blocks if not isinstance(block, Entries)]
-    return Statistic(seen, sharing, passes.dtype, False), Statistic(alone, sharing, passes.dtype, False)
+    kept: Any = (sharing, passes.dtype, False, passes.team)
+    return Statistic(seen, *kept), Statistic(alone, *kept)
 
 
 def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) -> tuple[KroneckerEigen, ...]:
@@ -131,7 +131,7 @@ def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) 
             squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
             if squares is not None:
                 sums[layer] += squares.to(sums[layer].device)
-    summed, (N,) = over_processes(list(sums.values()), [N])
+    summed, (N,) = passes.team.sums(list(sums.values()), [N])
     means = dict(zip(sums, (S / N for S in summed), strict=True))
     pairs = zip(passes.layers, spectra, strict=True)
     return tuple(KroneckerEigen(F.Q_A, F.Q_B, means[layer]) if layer in means else F for layer, F in pairs)

@@ -67,7 +67,12 @@ class Inverses:
         """
         turns = turns_of(factors.layers.values(), period)
         layers = zip(factors.layers.items(), turns, strict=True)
-        due = {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}
+        self.renew(
+            {name: M for (name, M), turn in layers if step % period == turn or name not in self.inverses}, damping
+        )
+
+    def renew(self, due: Mapping[str, LayerFactors], damping: Relative | float) -> None:
+        """Make these inverses, of these averages."""
         made = [self._built(name, layer, damping) for name, layer in due.items()]
         sound = are_finite(_telling(*one) for one in made)
         for (name, layer), first, is_sound in zip(due.items(), made, sound, strict=True):
@@ -79,9 +84,12 @@ class Inverses:
             moments = self.layers[name].factors(new)
             if moments is None:
                 continue
-            squares = mean_squares(statistic, self.layers[name], F, moments, scale)
-            observed = self.structure.observed((F,), [squares], decay=decay)  # type: ignore[attr-defined]
-            self.fitted[name], self.inverses[name] = self._inverse(observed, gamma_of(damping, observed[0]))
+            self.take_squares(name, mean_squares(statistic, self.layers[name], F, moments, scale), decay, damping)
+
+    def take_squares(self, name: str, squares: Tensor | None, decay: float, damping: Any) -> None:
+        """Of the gradients in the layer's own basis."""
+        observed = self.structure.observed((self.fitted[name],), [squares], decay=decay)  # type: ignore[attr-defined]
+        self.fitted[name], self.inverses[name] = self._inverse(observed, gamma_of(damping, observed[0]))
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""

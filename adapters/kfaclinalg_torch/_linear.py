@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._blocks import Dense, Like
+from ._blocks import Dense, Like, outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Linear(Dense):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        tensors = self._tensors(torch.detach)
+        tensors = self._tensors(outline)
         return len(tensors[0]), sum(t.shape[1] if t.ndim > 1 else 1 for t in tensors)
 
     def matrix(self, like: Like) -> Tensor:

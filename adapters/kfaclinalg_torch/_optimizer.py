@@ -14,7 +14,7 @@ from kfaclinalg import Factors, KFACOptions, KFACState, LayerFactors, StepInfo, 
 from . import _resume as resume
 from ._batch import Batch
 from ._capture import Capture
-from ._discovery import FALLBACKS, found
+from ._discovery import FALLBACKS, check_whole, found
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._masks import mask_of
@@ -71,6 +71,7 @@ class KFAC(torch.optim.Optimizer):
         if isinstance(self.estimator, Empirical):
             raise ValueError("KFAC takes its targets from the model: estimator is 'empirical', expected 'sampled'")
         check_choice("fallback", fallback, FALLBACKS)
+        check_whole(model)
         self.options = KFACOptions(**options).checked()
         known = found(model, skip, table_of(layers), fallback)
         linked = self.options.structure_value.linked
@@ -93,8 +94,7 @@ class KFAC(torch.optim.Optimizer):
     @property
     def layers(self) -> dict[str, LayerFactors]:
         """The same by the names of the layers."""
-        factors = self.factors
-        return dict(zip(self._trained.names, factors.layers, strict=True)) if factors else {}
+        return dict(zip(self._trained.names, self.factors.layers, strict=True)) if self.factors else {}
 
     @property
     def fallback(self) -> dict[str, str]:

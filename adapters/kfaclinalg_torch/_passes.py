@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._batch import Batch
 from ._capture import Capture
-from ._discovery import FALLBACKS, found, unwrapped
+from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._entries import Entries
 from ._estimators import Empirical, cotangent
 from ._gather import gather
@@ -22,6 +22,7 @@ from ._masks import mask_of
 from ._settings import check_choice, dtype_of, tensor_of, values_of
 from ._statistics import Statistic
 from ._table import table_of
+from ._team import Team, group_of
 from ._trained import Trained
 from ._use import Use
 
@@ -57,12 +58,14 @@ class Passes:
             raise ValueError(f"chunk_size is {chunk_size!r}, expected an integer >= 1 or None")
         self.estimator, self.structure = values_of(estimator, structure, {})
         self.likelihood: Likelihood = likelihood_of(likelihood)
-        self.model = unwrapped(model)
+        group, self.model = group_of(model, None), unwrapped(model)
+        check_whole(self.model)
         known = found(self.model, skip, table_of(layers), fallback)
         options: dict[str, Any] = {"weight_sharing": weight_sharing, "fallback": fallback}
         self.trained = Trained(self.model, known, linked=self.structure.linked, **options)
         self.trained.who = "fit_curvature"
         self.dtype, self.device = dtype_of(factor_dtype, known.layers), known.layers[0].parameters[0].device
+        self.team = Team(group, self.device)
         self.generator = generator or new_generator(self.device)
         self.mask, self.outputs, self.chunk_size = mask, outputs, chunk_size
 

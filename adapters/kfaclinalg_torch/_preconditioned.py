@@ -34,7 +34,7 @@ def precondition(
     agreement: Any = 0.0
     changed = []
     for name, U in inverses.apply(Vs):
-        parts = ready[name].parts(_gradient, U if length is None else _of_length(U, length))
+        parts = ready[name].parts(_gradient, U if length is None else of_length(U, length))
         if clip is not None:
             agreement = agreement + torch.stack([(g * u).sum() for g, u in parts]).sum().abs()
         for g, u in parts:
@@ -55,7 +55,7 @@ def _gradient_of(layer: Layer, inverses: Inverses, seen: Mapping[Any, Any], dtyp
     return V.to(dtype)
 
 
-def _of_length(U: Tensor, length: float) -> Tensor:
+def of_length(U: Tensor, length: float) -> Tensor:
     """U with this root mean square; zero stays zero."""
     norm = torch.linalg.vector_norm(U, dtype=torch.float64)  # squares may leave float32's range
     return U * (length * U.numel() ** 0.5 / torch.where(norm == 0, 1.0, norm))

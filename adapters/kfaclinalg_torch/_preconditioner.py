@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfaclinalg import Exact
-
 from . import _resume as resume
+from ._alone import step_alone
 from ._chain import inverses_of
 from ._control import Controlled
 from ._damping import Relative
 from ._discovery import FALLBACKS, found, unwrapped
 from ._estimate import Estimate
-from ._estimators import Empirical
+from ._exchange import exchange_of
 from ._gather import in_full_precision
 from ._layer import Layer, owners
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._preconditioned import precondition
 from ._seen import Seen
-from ._settings import Damping, Number, Period, at, check_choice, check_together, dtype_of, sharing_of, values_of
+from ._settings import Damping, Number, Period, check_choice, check_together, dtype_of, sharing_of, values_of
+from ._shards import mesh_of
 from ._table import table_of
+from ._team import ALONE
+from ._together import step_together
 
 
 class KFACPreconditioner(Seen, Controlled):
@@ -67,6 +68,10 @@ class KFACPreconditioner(Seen, Controlled):
         skip: names of modules to leave alone.
         generator: the source of the sampled targets. None: one that is seeded from torch's global one.
         factor_dtype: of A, G and the inverses. None: that of the parameters, half precision widened.
+        placement: of A, G and the inverses among several processes: "replicated", "owner" or a fraction of the
+            processes that hold an inverse. "auto": "owner" under `fully_shard`, "replicated" else.
+        wire_dtype: in which these travel: torch.bfloat16, for half the bytes. None: factor_dtype.
+        group: the processes. None: those of the sharded parameters, of `DistributedDataParallel`, or all.
         short: `samples`; `reduction` and `grad_scaler`; `exact_damping`, `rank` and `pi_norm`: the constants of an
             estimator or a structure that is given by its short form.
 
@@ -105,17 +110,25 @@ class KFACPreconditioner(Seen, Controlled):
         skip: Sequence[str] = (),
         generator: torch.Generator | None = None,
         factor_dtype: torch.dtype | None = None,
+        placement: str | float = "auto",
+        wire_dtype: torch.dtype | None = None,
+        group: Any = None,
         **short: Any,
     ) -> None:
         self._take(damping, decay, (statistics_period, inverse_period), length, (kl_clip, kl_lr))
         check_choice("fallback", fallback, FALLBACKS)
         self.estimator, self.structure = values_of(estimator, structure, short)
         check_together(self.estimator, likelihood, length, kl_clip, kl_lr, generator)
-        model = unwrapped(model)
+        wrapper, model = model, unwrapped(model)
+        mesh = mesh_of(model)
+        fallback = fallback if mesh is None else "none"  # of a part of a parameter no example's gradient is seen
         known = found(model, skip, table_of(layers), fallback)
         self.likelihood = None if likelihood is None else likelihood_of(likelihood)
         self.generator = generator or new_generator(known.layers[0].parameters[0].device)
         self.factor_dtype = dtype_of(factor_dtype, known.layers)
+        check_choice("wire_dtype", wire_dtype, (None, torch.bfloat16, torch.float32, torch.float64))
+        dtypes = self.factor_dtype, wire_dtype or self.factor_dtype
+        self._exchange = exchange_of(wrapper, known.layers, mesh, placement, group, dtypes, self.structure)
         self._estimate = Estimate(
             model,
             known,
@@ -127,6 +140,7 @@ class KFACPreconditioner(Seen, Controlled):
             outputs=outputs,
             mask=mask,
             settled=self._settled,
+            team=self._exchange.grid.all if self._exchange else ALONE,
         )
         self._model, self._fallback = model, fallback
         self._inverses = inverses_of(self.structure, inverse_period, known.layers)
@@ -142,30 +156,13 @@ class KFACPreconditioner(Seen, Controlled):
         """Average what was captured, refresh the inverses whose turn it is, and precondition the gradients in place.
 
         Raises:
-            ValueError: a module or a parameter was replaced since the preconditioner was made.
-            RuntimeError: nothing was captured so far.
+            ValueError: a module or a parameter was replaced since the preconditioner was made; the processes differ.
+            RuntimeError: nothing was captured so far; another process failed, or was waited for in vain.
             LinAlgError: the factors of a layer could not be inverted in three refreshes in a row.
         """
-        for owner in self._owners:
-            owner.check("preconditioner")
-        estimate = self._estimate
-        damping = at(self._steps, "damping", self.damping)
-        gradients = [p.grad for layer in self._layers for p in layer.parameters if p.grad is not None]
-        scale, shown = estimate.scale, estimate.shown
-        new = estimate.average(gradients, self._inverses, self._decay) if shown else None
-        if not estimate.averages.taken and not shown:
-            missing = "loss.backward()" if isinstance(self.estimator, Empirical) else "update(outputs)"
-            raise RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
-        averages = estimate.averages.of(self._layers)
-        if new is not None:
-            self._count(estimate.statistic.work, averages.layers.values(), spectral=isinstance(self.structure, Exact))
-        self._inverses.refresh(self._steps, self._period("inverse_period"), damping, averages)
-        if new is not None:
-            self._inverses.observe(estimate.statistic, new, scale, self._decay, damping)
-        dtype, lengths = self.factor_dtype, self._length()
-        precondition(self._layers, self._inverses, estimate.training, dtype, *lengths, self._steps)
+        step_together(self, self._exchange) if self._exchange else step_alone(self)
         self._steps += 1
-        estimate.capture.uses = []
+        self._estimate.capture.uses = []
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,5 +192,7 @@ class KFACPreconditioner(Seen, Controlled):
             estimate.sharing |= sharing_of("expand", [x for x in estimate.found.layers if x not in before.layers])
             estimate.statistic.all = estimate.found.blocks
             self._inverses = inverses_of(self.structure, self.inverse_period, estimate.found.layers)
+            if self._exchange:
+                self._exchange.assign(estimate.found.layers)
             self._gone |= {layer.name: why for layer, why in gone.items()}
             warnings.warn(f"KFACPreconditioner {estimate.found.message(before)}", stacklevel=2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-
+from ._blocks import outline
 from ._chain import ChainInverse, inverses_of
 from ._checkpoint import (
     check,
@@ -79,10 +78,10 @@ def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None
         known = known.without(p._model, lost, p._fallback)
     check_made(state_dict["made"], made(p.structure, p.estimator, known.layers))
     inverses = inverses_of(p.structure, p.inverse_period, known.layers)
-    like = known.layers[0].parameters[0].detach().to(p.factor_dtype)
+    like = outline(known.layers[0].parameters[0]).to(p.factor_dtype)
     means, inverted = (restored(state_dict[name], like) for name in ("averages", "inverses"))
     averages.check(means, known.blocks, inverses.chain if isinstance(inverses, ChainInverse) else [])
-    inverses.check(inverted, {layer.name: layer.matrix(torch.detach) for layer in known.layers})
+    inverses.check(inverted, {layer.name: layer.matrix(outline) for layer in known.layers})
     p._settled(lost)
     averages.load(means)
     p._inverses.load(inverted)

@@ -11,14 +11,15 @@ from kfaclinalg import Diagonal, KroneckerEigen, LayerFactors
 
 from ._blocks import Dense
 from ._layer import Layer
-from ._processes import over_processes
 from ._rows import rows_of
 from ._statistics import Statistic
 
 BUFFER = 2**22  # entries of the gradients of single examples at once
 
 
-def mean_squares(statistic: Statistic, layer: Layer, F: Any, moments: LayerFactors, scale: float) -> Tensor | None:
+def mean_squares(
+    statistic: Statistic, layer: Layer, F: Any, moments: LayerFactors | None, scale: float
+) -> Tensor | None:
     """The mean over the examples of (Q_Gᵀ ∇W Q_A)², elementwise, ∇W being the gradient of one: (..., m, n).
 
     Where the examples are not seen one at a time (normalisations, tied weights) it is what A ⊗ G says of it. None
@@ -27,11 +28,12 @@ def mean_squares(statistic: Statistic, layer: Layer, F: Any, moments: LayerFacto
     if not isinstance(F, KroneckerEigen):
         return None
     if layer.dense is None:
+        assert moments is not None
         a, g = (((M @ K) * K).sum(-2) for M, K in zip(moments, (F.Q_A, F.Q_B), strict=True))
         return g[..., :, None] * a[..., None, :]
     summed = squared_gradients(statistic, layer.dense, F.Q_A, F.Q_B)
     squares = scale**2 * (F.eigenvalues.new_zeros(F.eigenvalues.shape) if summed is None else summed)  # type: ignore[attr-defined]
-    (squares,), (N,) = over_processes([squares], [statistic.examples])
+    (squares,), (N,) = statistic.team.sums([squares], [statistic.examples])
     return squares / N if N else None
 
 

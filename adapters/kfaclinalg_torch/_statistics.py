@@ -14,7 +14,8 @@ from kfaclinalg import Diagonal, LayerFactors
 from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._entries import Entries
 from ._masks import spread
-from ._processes import over_processes, processes, several_processes
+from ._reduction import shared, totals
+from ._team import ALONE, Team
 from ._use import Pass, Use
 
 
@@ -47,8 +48,11 @@ class Statistic:
     `uses` are kept where more than A and G is made of them.
     """
 
-    def __init__(self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool) -> None:
-        self.all, self.sharing, self.dtype, self.keep = blocks, sharing, dtype, keep
+    def __init__(
+        self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool, team: Team = ALONE
+    ) -> None:
+        self.all, self.sharing, self.dtype, self.keep, self.team = blocks, sharing, dtype, keep, team
+        self.shown: set[str] = set()
         self.sums: dict[Block, Sums] = {}
         self.uses: dict[tuple[int, int], list[tuple[Use, Tensor]]] = {}
         self._rows: dict[Any, tuple[Use, Tensor]] = {}
@@ -85,12 +89,12 @@ class Statistic:
         else:
             self._fold(block)
             A, rows = block.input_moment(x, N, use.mask) if draw == 0 else (0.0, 0)
-            self._sum(block, A, rows, block.output_moment(x, s, N))
+            self.add_sums(block, A, rows, block.output_moment(x, s, N))
 
     def add_entries(self, block: Entries, g: Tensor) -> None:
         """The gradient of a parameter in the sum of the losses of passes that it `saw`."""
         g = g.detach().to(self.dtype)
-        self._sum(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
+        self.add_sums(block, g.new_ones(1, 1), 1, block.output_moment(g, g, 1))
 
     def _count(self, block: Block, x: Tensor, N: int, draw: int) -> None:
         """Three products with W, and in the statistic one more for each draw; Σ a aᵀ once, Σ g gᵀ for each draw."""
@@ -109,28 +113,17 @@ class Statistic:
             self._passes[of.number] = of.counted
 
     def moments(self, scale: float) -> dict[str, LayerFactors | Held]:
-        """A and G of each block by its name, over all processes.
+        """A and G of each block by its name, over all processes; with several, of those that this one owns.
 
         `scale` takes a captured gradient to that of one example's loss.
         """
-        if several_processes():  # which must exchange the same blocks, whatever each has seen
-            for block in self.all:
-                self._fold(block)
-                none = [M.to(self.dtype) for M in block.empty_moments()]
-                self._sum(block, none[0], 0, none[1])
+        if self.team.size > 1:
+            return dict(shared(self, totals(self, scale)))
         self._unpool()
-        blocks = sorted(self.sums, key=lambda block: block.name)
-        sums = [self.sums[block] for block in blocks]
-        moments, numbers = over_processes(
-            [sum.A for sum in sums] + [scale**2 * sum.G for sum in sums],
-            [self.examples, *self.work, *(sum.rows for sum in sums)],
-        )
-        N, counts = numbers[0], numbers[3:]
-        self.work = Work(*(flops // processes() for flops in numbers[1:3]))
-        A, G = moments[: len(sums)], moments[len(sums) :]
+        N = self.examples
         found: dict[str, LayerFactors | Held] = {
-            block.name: LayerFactors(_as_side(a.to(self.dtype) / r), _as_side(g.to(self.dtype) / max(N, 1)))
-            for block, a, r, g in zip(blocks, A, counts, G, strict=True)
+            block.name: LayerFactors(_as_side(A.to(self.dtype) / r), _as_side(scale**2 * G.to(self.dtype) / max(N, 1)))
+            for block, (A, r, G) in self.sums.items()
             if r
         }
         for block, (use, g) in self._rows.items():
@@ -141,17 +134,21 @@ class Statistic:
 
     def settle(self, device: torch.device | None = None) -> None:
         """Keep the sums alone, on this device where one is given: what was shown so far is complete."""
-        for block in list(self._rows):
-            self._fold(block)
-        self._unpool()
+        self.complete()
         self.uses = {}
         if device is not None:
             self.sums = {block: Sums(_to(A, device), rows, _to(G, device)) for block, (A, rows, G) in self.sums.items()}
 
+    def complete(self) -> None:
+        """All that was shown is in the sums."""
+        for block in list(self._rows):
+            self._fold(block)
+        self._unpool()
+
     def _unpool(self) -> None:
         for (block, *_, draw), (a, g, positions) in self._pooled.items():
             pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
-            self._sum(block, pooled, count, second_moment(g))
+            self.add_sums(block, pooled, count, second_moment(g))
         self._pooled = {}
 
     def _holds(self, use: Use, g: Tensor) -> bool:
@@ -167,9 +164,9 @@ class Statistic:
         if block in self._rows:
             use, g = self._rows.pop(block)
             N, (x, s) = use.examples(), use.pair(g, self.dtype)
-            self._sum(block, *block.input_moment(x, N), block.output_moment(x, s, N))
+            self.add_sums(block, *block.input_moment(x, N), block.output_moment(x, s, N))
 
-    def _sum(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
+    def add_sums(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
         if old := self.sums.get(block):
             device = old.G.device
             A, rows, G = old.A + _to(A, device), old.rows + rows, old.G + _to(G, device)

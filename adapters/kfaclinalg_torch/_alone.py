@@ -1,0 +1,38 @@
+"""A step of a preconditioner in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfaclinalg import Exact
+
+from ._estimators import Empirical
+from ._preconditioned import precondition
+
+
+def step_alone(p: Any) -> None:
+    """Average what was captured, refresh the inverses whose turn it is, and precondition the gradients in place."""
+    for owner in p._owners:
+        owner.check("preconditioner")
+    estimate, inverses = p._estimate, p._inverses
+    damping = p._damping()
+    gradients = [x.grad for layer in p._layers for x in layer.parameters if x.grad is not None]
+    scale, shown = estimate.scale, not estimate.statistic.empty
+    new = estimate.average(gradients, inverses, p._decay) if shown else None
+    if not estimate.averages.taken and not shown:
+        raise nothing(p)
+    averages = estimate.averages.of(p._layers)
+    if new is not None:
+        spectral = isinstance(p.structure, Exact)
+        p._count(estimate.statistic.work, averages.layers.values(), spectral=spectral)
+    inverses.refresh(p._steps, p._period("inverse_period"), damping, averages)
+    if new is not None:
+        inverses.observe(estimate.statistic, new, scale, p._decay, damping)
+    length, clip = p._length()
+    precondition(p._layers, inverses, estimate.training, p.factor_dtype, length, clip, p._steps)
+
+
+def nothing(p: Any) -> RuntimeError:
+    """What there is to say where no pass was seen."""
+    missing = "loss.backward()" if isinstance(p.estimator, Empirical) else "update(outputs)"
+    return RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")

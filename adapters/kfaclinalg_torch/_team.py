@@ -1,0 +1,113 @@
+"""The processes of torch.distributed that train one model together, and how they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, distributed, nn
+
+UNSAID = -(2**40)  # the vote of who got no further
+
+
+def is_running() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class Team:
+    """A group of processes; None where there is but one. Its collectives run in the order of the calls, everywhere.
+
+    Whatever a process may meet alone, an error or a difference, is put to a vote, so that it is everyone's.
+    """
+
+    def __init__(self, group: Any = None, device: torch.device | str = "cpu") -> None:
+        self.group, self.device = group, device
+        self.size = 1 if group is None else distributed.get_world_size(group)
+        self.rank = 0 if group is None else distributed.get_rank(group)
+
+    def global_rank(self, rank: int) -> int:
+        return distributed.get_global_rank(self.group, rank)
+
+    def sums(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """The sums over all processes; what came, where there is but one."""
+        if self.size == 1:
+            return tensors, counts
+        with self.waiting("sums"):
+            if tensors:
+                flat = torch.cat([t.flatten() for t in tensors])
+                distributed.all_reduce(flat, group=self.group)
+                parts = flat.split([t.numel() for t in tensors])
+                tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+            numbers = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            distributed.all_reduce(numbers, group=self.group)
+        return tensors, [int(n) for n in numbers.tolist()]
+
+    def largest(self, numbers: Sequence[int], what: str) -> list[int]:
+        """The largest of each over all processes."""
+        if self.size == 1 or not numbers:
+            return list(numbers)
+        votes = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        with self.waiting(what):
+            distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self.group)
+            return votes.tolist()
+
+    def told(self, thing: Any, what: str) -> list[Any]:
+        """What every process says, by rank."""
+        found: list[Any] = [thing] * self.size
+        if self.size > 1:
+            with self.waiting(what):
+                distributed.all_gather_object(found, thing, group=self.group)
+        return found
+
+    @contextmanager
+    def agreed(self, what: str, *names: str) -> Iterator[dict[str, Any]]:
+        """An error under the `with`, or facts of these names that are not the same everywhere, are all processes'.
+
+        Raises:
+            RuntimeError: another process met an error.
+            ValueError: the facts differ.
+        """
+        facts: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
+            yield facts
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            hashes = [crc32(repr(facts[name]).encode()) if name in facts else UNSAID for name in names]
+            signed = [sign * h if h != UNSAID else h for h in hashes for sign in (1, -1)]
+            failed, *votes = self.largest([0 if failure is None else self.rank + 1, *signed], what)
+            if failure is None and failed:
+                raise RuntimeError(f"process {failed - 1} of {self.size} failed at {what}, and says why itself")
+            for name, high, low in zip(names, votes[::2], votes[1::2], strict=True):
+                if failure is None and high != -low and UNSAID not in (high, low):
+                    raise ValueError(f"the processes differ in {name} at {what}; in this one: {facts.get(name)!r}")
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A process that is gone, or that is not heard of, is an error which says what was waited for."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} waited in vain for the others, for {what}: {error}"
+            ) from error
+
+
+ALONE = Team()
+
+
+def group_of(model: nn.Module, given: Any) -> Any:
+    """The process group that trains a model: the given one, DistributedDataParallel's, or else the default one."""
+    if not is_running():
+        return None
+    while given is None and model is not None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            given = model.process_group
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # type: ignore[assignment]
+    return distributed.group.WORLD if given is None else given

@@ -1,0 +1,186 @@
+"""A step of a preconditioner that many processes take together, or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfaclinalg import Diagonal, Exact, LayerFactors
+
+from ._alone import nothing
+from ._chain import ChainInverse
+from ._exchange import Exchange
+from ._inverses import are_finite
+from ._layer import Layer
+from ._preconditioned import of_length
+from ._reduction import Totals, shared, totals
+from ._squares import mean_squares
+
+BEGIN = "the start of a step"
+FACTS = ("the layers", "the layers with gradients")
+
+
+def step_together(p: Any, exchange: Exchange) -> None:
+    """As in one process: the averages, the inverses that are due, the gradients. Until these are written all can be
+    undone: an error of one process, or one that has gone, is everyone's, and nothing has changed."""
+    before = _state(p)
+    try:
+        _step(p, exchange)
+    except BaseException:
+        for thing, values in before:
+            vars(thing).update(values)
+        raise
+
+
+def _state(p: Any) -> list[tuple[Any, dict[str, Any]]]:
+    names = {
+        p: ("_periods",),
+        p._estimate: ("rejected",),
+        p._estimate.averages: ("layers", "links", "taken", "known"),
+        p._inverses: ("inverses", "fitted", "failures"),
+    }
+    return [(thing, {name: copy.copy(vars(thing)[name]) for name in some}) for thing, some in names.items()]
+
+
+def _step(p: Any, exchange: Exchange) -> None:
+    estimate, everyone = p._estimate, exchange.grid.all
+    joined = exchange.joined or not estimate.due
+    with everyone.agreed(BEGIN, "the schedule", *FACTS) as facts:
+        for owner in p._owners:
+            owner.check("preconditioner")
+        damping = p._damping()
+        facts["the schedule"] = p._steps, estimate.due, p._period("inverse_period"), exchange.joined, repr(p.structure)
+        if joined:
+            ready, sums = _begun(p, facts)
+    if not joined:
+        _join(p, exchange)
+        with everyone.agreed(BEGIN, *FACTS) as facts:
+            ready, sums = _begun(p, facts)
+    new = None if sums is None else _averaged(p, exchange, sums, ready)
+    if not estimate.averages.taken and (sums is None or not estimate.statistic.shown):
+        raise nothing(p)
+    _refresh(p, exchange, damping)
+    if new is not None and p.structure.observes:
+        _observe(p, exchange, new, damping)
+    _write(p, exchange, ready)
+
+
+def _begun(p: Any, facts: dict[str, Any]) -> tuple[list[Layer], Totals | None]:
+    """The layers with gradients, and what this process has seen, where a statistic is due."""
+    layers = p._estimate.found.layers
+    ready = [layer for layer in layers if all(x.grad is not None and x.requires_grad for x in layer.parameters)]
+    facts[FACTS[0]] = [(layer.name, *(tuple(x.shape) for x in layer.parameters)) for layer in layers]
+    facts[FACTS[1]] = [layer.name for layer in ready]
+    return ready, totals(p._estimate.statistic, p._estimate.scale) if p._estimate.due else None
+
+
+def _join(p: Any, exchange: Exchange) -> None:
+    """What the first pass of one process has shown to be no layer is none to all."""
+    estimate = p._estimate
+    told = exchange.grid.all.told((estimate.settled is None, dict(p._gone)), "the first pass")
+    exchange.joined = any(settled for settled, _ in told)
+    gone = {name: why for _, some in told for name, why in some.items()}
+    lost = {layer: gone[layer.name] for layer in estimate.found.layers if layer.name in gone}
+    if exchange.joined:
+        estimate.settled = None
+        estimate.capture.leave({block: why for layer, why in lost.items() for block in layer.blocks})
+        p._settled(lost)
+
+
+def _averaged(p: Any, exchange: Exchange, sums: Totals, ready: Sequence[Layer]) -> dict[str, Any] | None:
+    """The statistic, taken into the averages by who has them; None where a number of anybody's is not finite."""
+    estimate = p._estimate
+    statistic, scale = estimate.statistic, estimate.scale
+    new = shared(statistic, sums, exchange.owners, exchange.wire)
+    links = p._inverses.links(statistic, scale)
+    gradients = [exchange.gradients.of(x) for layer in ready for x in layer.parameters]
+    sides: list[Any] = [M.d if isinstance(M, Diagonal) else M for pair in new.values() for M in pair]
+    finite = all(are_finite([x for x in sides + gradients if x.numel()]))
+    if exchange.grid.all.largest([not finite], "the statistics")[0]:
+        estimate.rejected += 1
+        return None
+    if statistic.shown:
+        estimate.averages.take(new, links, p._decay)
+        estimate.averages.known |= statistic.shown
+        layers = [layer for layer in exchange.layers.values() if _known(p, layer)]
+        shapes = [LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in layer.empty_moments())) for layer in layers]
+        parts = exchange.grid.all.size, 1 if exchange.grid.replicated else exchange.grid.row.size
+        p._count(statistic.work, shapes, spectral=isinstance(p.structure, Exact), parts=parts)
+    return new
+
+
+def _known(p: Any, layer: Layer) -> bool:
+    return any(block.name in p._estimate.averages.known for block in layer.blocks)
+
+
+def _refresh(p: Any, exchange: Exchange, damping: Any) -> None:
+    """Each inverse that is due, by its owner; a chain, which has none, by everyone."""
+    period, inverses, what = p._period("inverse_period"), p._inverses, "the inverses"
+    averages = p._estimate.averages.of(list(exchange.layers.values()))
+    if isinstance(inverses, ChainInverse):
+        with exchange.grid.all.agreed(what):
+            inverses.refresh(p._steps, period, damping, averages)
+        return
+    turns = exchange.duties.turns(period)
+    known = [name for name, layer in exchange.layers.items() if _known(p, layer)]
+    due = [name for name in known if p._steps % period == turns[name] or name not in exchange.templates]
+    if due:
+        mine = [name for name in due if exchange.owns(name)]
+        with exchange.grid.all.agreed(what):
+            inverses.renew({name: averages.layers[name] for name in mine}, damping)
+            made = exchange.checked(inverses, [name for name in mine if not inverses.failures[name]])
+        exchange.share(inverses, due, made)
+
+
+def _observe(p: Any, exchange: Exchange, new: dict[str, Any], damping: Any) -> None:
+    """The squares of the gradients in each layer's basis, which is its owner's and lent to the others."""
+    statistic, inverses = p._estimate.statistic, p._inverses
+    for name, layer in exchange.layers.items():
+        shown = any(block.name in statistic.shown for block in layer.blocks)
+        if not (shown and name in exchange.templates and exchange.in_basis(name)):
+            continue
+        if layer.dense is not None:
+            squares = mean_squares(statistic, layer, exchange.lent(inverses, name), None, p._estimate.scale)
+        else:
+            alone, F = layer.factors(new), inverses.fitted.get(name)
+            squares = (
+                None if F is None or alone is None else mean_squares(statistic, layer, F, alone, p._estimate.scale)
+            )
+            squares = exchange.told(name, squares)
+        if exchange.holds(name):
+            inverses.take_squares(name, squares, p._decay, damping)
+
+
+def _write(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> None:
+    """G⁻¹ ∇W A⁻¹ of each layer by who holds its inverse, then everywhere into the gradients."""
+    length, clip = p._length()
+    gradients, names = exchange.gradients, {layer.name for layer in ready}
+    units = [layer for unit in exchange.duties.units for layer in unit if layer.name in names]
+    holders = {x: exchange.holder(layer.name) for layer in units for x in layer.parameters}
+    mine = {layer.name: layer for layer in units if exchange.holds(layer.name)}
+    whole = gradients.fetched(holders)
+    agreement: Any = torch.zeros((), dtype=torch.float64, device=exchange.grid.all.device)
+    with exchange.grid.all.agreed("the updates"):
+        made: dict[Tensor, Tensor] = {x: g.clone() for x, g in whole.items()}
+        Vs = ((name, layer.matrix(whole.__getitem__).to(p.factor_dtype)) for name, layer in mine.items())
+        for name, U in p._inverses.apply(Vs):
+            layer = mine[name]
+            parts = layer.parts(made.__getitem__, U if length is None else of_length(U, length))
+            for x, u in parts:
+                x.copy_(u)
+            if clip is not None:
+                pairs = zip(layer.parts(whole.__getitem__, U), parts, strict=True)
+                agreement = agreement + torch.stack([(g * x).sum() for (g, _), (x, _) in pairs]).sum().abs()
+    updates = gradients.returned(holders, made)
+    if clip is not None and updates:
+        if not exchange.grid.replicated:
+            ((agreement,), _) = exchange.grid.row.sums([agreement], [])
+        kappa, lr = clip
+        factor = torch.sqrt(kappa / (lr**2 * agreement)).clamp(max=1.0)
+        updates = {x: U * factor.to(U.dtype) for x, U in updates.items()}
+    for x, U in updates.items():
+        gradients.of(x).copy_(U)
