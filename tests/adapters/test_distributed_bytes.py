@@ -1,0 +1,130 @@
+"""What a step sends, seen in the collectives, is what the page on many processes says."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_distributed_agreement import made
+from together import batch_of, loss_of, spawned, wrapped
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kfaclinalg_torch._wire import Form
+
+WORLD = 4
+PLACEMENTS = [("ddp", "replicated"), ("ddp", 0.5), ("ddp", "owner"), ("fsdp", "owner"), ("fsdp", "replicated")]
+WIRES = {None: 4, torch.bfloat16: 2}
+CASES = {f"{kind} {place} {wire}": (kind, place, wire) for kind, place in PLACEMENTS for wire in WIRES}
+KINDS = {"owner": 1, "replicated": WORLD, 0.5: 2}
+
+
+class Sent(TorchDispatchMode):
+    """The bytes that a process sends, on average over its group, but for votes and counts (int64, float64)."""
+
+    bytes = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            size = self.size_of(func, args)
+            if size is None:
+                raise AssertionError(f"{func} is no collective that is counted")
+            self.bytes += size
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def size_of(func, args):
+        group = next(
+            ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x)
+        )
+        tensors = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
+        if tensors[0].dtype in (torch.int64, torch.float64):
+            return 0
+        entries, share = sum(x.numel() for x in tensors), (group.size() - 1) / group.size()
+        name = func.overloadpacket.__name__
+        if name == "alltoall_base_":
+            _, flat, _, _, counts = args[:5]
+            return (flat.numel() - counts[group.rank()]) * flat.element_size()
+        shares = {"allreduce_": 2 * share, "reduce_": share, "broadcast_": share}
+        return shares[name] * entries * tensors[0].element_size() if name in shares else None
+
+
+def even_model():
+    """Every parameter can be split among four processes."""
+    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)
+    return nn.Sequential(*layers)
+
+
+def run(rank, world):
+    found = {}
+    for name, (kind, placement, wire) in CASES.items():
+        model = even_model()
+        called = wrapped(model, kind, world)
+        preconditioner = made(called, placement=placement, wire_dtype=wire)
+        counted = 0.0
+        for step in range(4):
+            model.zero_grad()
+            x, y = (t.chunk(world)[rank] for t in batch_of(step, torch.float32))
+            outputs = called(x)
+            preconditioner.update(outputs)
+            loss_of(outputs, y, world).backward()
+            with Sent() if step >= 2 else nullcontext() as sent:  # one whole period of two steps
+                preconditioner.step()
+            counted += sent.bytes if sent else 0
+        p = preconditioner
+        held = [p._estimate.averages.layers, p._inverses.inverses]
+        entries = [x.numel() for x in tree_leaves(held) if isinstance(x, torch.Tensor)]
+        found[name] = counted / 2, sum(entries)
+    return found
+
+
+def formula(kind, placement, wire):
+    """Bytes a step with σ = 1 and τ = 2."""
+    T, V = sizes()
+    P, b, r, w = WORLD, WIRES[wire], (WORLD - 1) / WORLD, KINDS[placement]
+    everywhere = placement == "replicated"
+    statistics = (2 if everywhere else 1) * r * T * b
+    inverses = (w - 1) / P * T * b / 2
+    if kind == "ddp":
+        return statistics + inverses + (1 - w / P) * V * 4
+    return statistics + inverses + (r * V if everywhere else 2 * r * V / P) * 4
+
+
+def sizes():
+    """T and V of the model, from its shapes: [weight, bias] of three layers, (scale, shift) of eight channels."""
+    shapes = [(5, 8), (9, 8), (9, 4)]
+    T = sum(d * (d + 1) // 2 for shape in shapes for d in shape) + 8 * (1 + 3)
+    return T, sum(n * m for n, m in shapes) + 16
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return spawned(tmp_path_factory.mktemp("bytes"), WORLD, run)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_bytes_of_a_step_are_those_of_the_formula(processes, name):
+    counted = sum(found[name][0] for found in processes) / WORLD
+    assert counted == pytest.approx(formula(*CASES[name]), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_memory_falls_with_the_processes(processes, kind):
+    """There is one copy in all, and nobody has more than a share and the largest layer."""
+    whole = processes[0]["ddp replicated None"][1]
+    shares = [found[f"{kind} owner None"][1] for found in processes]
+    assert sum(shares) == whole
+    assert max(shares) <= whole / WORLD + 2 * (9**2 + 8**2)
+
+
+@pytest.mark.parametrize("d", range(1, 10))
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_triangles_travel_without_loss(d, batch):
+    M = torch.randn(*batch, d, d, dtype=torch.float64)
+    whole = Form(tuple(M.shape), "symmetric")
+    packed = whole.packed(M + M.mT)
+    assert packed.shape == (whole.size,) == (len(M.flatten()) // d**2 * d * (d + 1) // 2,)
+    assert torch.equal(whole.unpacked(packed), M + M.mT)
+    lower = whole._replace(kind="lower")
+    assert torch.equal(lower.unpacked(lower.packed(M)), M.tril())
