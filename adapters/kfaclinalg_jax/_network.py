@@ -68,7 +68,7 @@ class Network:
         self.f, self.likelihood, self.keep = f, likelihood_of(likelihood), keep
         self.estimator = estimator_of(estimator, self.likelihood)
         params, *inputs = jax.tree.map(_shape_of, tuple(example))
-        self.inputs = tuple(inputs)
+        self.params, self.inputs = params, tuple(inputs)  # shapes
         self._examples = example_axes(f, params, inputs)
         self.example = Traced(f, params, inputs, self._examples)
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}

@@ -23,7 +23,7 @@ class Weights:
 
     def __init__(self, net: Network) -> None:
         traced = net.example
-        self.layers, self.tree = traced.assembly.layers, jax.tree.structure(traced.params)
+        self.layers, self.tree = traced.assembly.layers, jax.tree.structure(net.params)
         self.leaves, self.dtype = traced.leaves, jnp.result_type(*traced.dtypes.values())
 
     def of(self, params: Any) -> Matrices:
