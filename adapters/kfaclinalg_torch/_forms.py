@@ -65,6 +65,33 @@ def example_forms(F: KroneckerEigen, columns: Sequence[Gradients]) -> Tensor:
     return torch.cat(formed)
 
 
+def in_basis(F: KroneckerEigen, V: Gradients) -> Gradients:
+    """Q_Gᵀ V Q_A of each."""
+    if isinstance(V, OuterProduct):
+        return OuterProduct(_turned(V.L.mT, F.Q_B).mT, _turned(V.R.mT, F.Q_A).mT)
+    return _turned(_turned(V, F.Q_A).mT, F.Q_B).mT
+
+
+def weighted(F: KroneckerEigen, V: Gradients) -> Tensor:
+    """F V of each, in the eigenbasis."""
+    X = in_basis(F, V)
+    return _tensor(F.eigenvalues) * (_tensor(X.to_dense()) if isinstance(X, OuterProduct) else X)
+
+
+def turned_back(F: KroneckerEigen, X: Tensor) -> Tensor:
+    """Q_G X Q_Aᵀ of each."""
+    Q_A, Q_G = (Q if isinstance(Q, Diagonal) else _tensor(Q).mT for Q in (F.Q_A, F.Q_B))
+    return _turned(_turned(X, Q_A).mT, Q_G).mT
+
+
+def turning_pays(q: int, V: Gradients) -> bool:
+    """Whether it takes fewer flops to turn an example than to multiply it by q queries."""
+    if not isinstance(V, OuterProduct):
+        return False
+    m, n = V.shape
+    return V.R.shape[-1] * (m * m + n * n) <= q * m * n
+
+
 def inner(P: Tensor, V: Gradients) -> Tensor:
     """The matrix (q, N) of Σ P_i ∘ V_j for P (q, ..., m, n)."""
     if isinstance(V, OuterProduct) and V.R.shape[-1] == 1:

@@ -11,24 +11,31 @@ from torch import Tensor
 from kfaclinalg import KroneckerEigen
 
 from ._estimators import cotangent
-from ._forms import by_layer, example_forms, inner
+from ._forms import by_layer, example_forms, in_basis, inner, turned_back, turning_pays, weighted
 from ._likelihoods import Likelihood
 from ._passes import Passes, is_pair
 
 
 def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries: Any, examples: Any) -> Tensor:
-    """(q, N): the queries' gradients are preconditioned once, those of the examples come a batch at a time."""
+    """(q, N): the queries' gradients are preconditioned once, those of the examples come a batch at a time.
+
+    Either both stay in the eigenbasis, or the queries are turned back once, where the examples are too dear to turn.
+    """
     with passes.open(), torch.no_grad():
         rows: list[list[Tensor]] = [
-            [P @ V for P, V in zip(inverses, gradients, strict=True)]
+            [weighted(P, V) for P, V in zip(inverses, gradients, strict=True)]
             for piece in passes.pieces(queries, "queries")
             for gradients in by_layer(passes, piece, _of_the_loss)
         ]
-        preconditioned = [torch.cat(layer) for layer in zip(*rows, strict=True)]
+        Us = [torch.cat(layer) for layer in zip(*rows, strict=True)]
         columns: list[Any] = []
         for piece in passes.pieces(examples, "examples"):
             for gradients in by_layer(passes, piece, _of_the_loss):
-                columns.append(sum(inner(U, V) for U, V in zip(preconditioned, gradients, strict=True)))
+                if not columns:
+                    turned = [turning_pays(len(U), V) for U, V in zip(Us, gradients, strict=True)]
+                    Us = [U if turn else turned_back(P, U) for turn, P, U in zip(turned, inverses, Us, strict=True)]
+                layers = zip(turned, inverses, Us, gradients, strict=True)
+                columns.append(sum(inner(U, in_basis(P, V) if turn else V) for turn, P, U, V in layers))
     return torch.cat(columns, 1)
 
 
