@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from kfaclinalg import Diagonal, Exact, LayerFactors
 
@@ -42,12 +43,17 @@ class Control:
     length: Any
     kl_clip: Any
     kl_lr: Any
+    sharding: Any = None
 
     def __post_init__(self) -> None:
         for name in BOUNDS:
             _check_period(name, getattr(self, name))
         for name in ("decay", "length", "kl_clip", "kl_lr", "damping"):
             _check_number(name, getattr(self, name))
+        if self.sharding is not None and not (
+            isinstance(self.sharding, NamedSharding) and len(self.sharding.spec) == 1
+        ):
+            raise TypeError(f"inverse_sharding is {self.sharding!r}, expected a NamedSharding of one dimension")
         if self.kl_lr is not None and self.kl_clip is None:
             raise ValueError("kl_lr would have no effect without kl_clip")
         if self.kl_clip is not None and self.length not in (AUTO, None):

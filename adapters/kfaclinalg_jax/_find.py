@@ -46,7 +46,7 @@ class Search:
             tag = None if versions.is_literal(v) else known.get(v)
             return tag._replace(alone=tag.alone and uses[v] == 1) if isinstance(tag, Result) else tag
 
-        for i, eqn in enumerate(jaxpr.eqns):
+        for i, eqn in versions.numbered(jaxpr):
             found = [tag_of(v) for v in eqn.invars]
             if any(tag is not None for tag in found):
                 outs = self.equation(eqn, found, (*path, i), lengths)

@@ -59,7 +59,7 @@ def _climbed(structure: Any, M: LayerFactors, old: Inverse, damping: Any) -> Inv
         made = _made(structure, M, old, damping, times)
         return 10 * times, made, _is_finite(made)
 
-    start = (jnp.ones((), _dtype(M)), (old.operator, old.fitted), jnp.zeros((), bool))
+    start = (jnp.ones((), _dtype(M)), (old.operator, old.fitted), jnp.zeros_like(old.ready))
     _, (operator, fitted), sound = jax.lax.while_loop(lambda s: ~s[2] & (s[0] <= LADDER), attempt, start)
     operator, fitted = (
         jax.tree.map(lambda new, before: jnp.where(sound, new, before), new, before)

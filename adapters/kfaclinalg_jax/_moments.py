@@ -30,6 +30,10 @@ class Shown(NamedTuple):
     N: int
     dtypes: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, traced: Any, seen: Mapping[Any, Any]) -> Shown:
+        return cls(seen, traced.N, traced.dtypes)
+
     def inputs(self, layer: Layer, use: Use) -> list[Any]:
         """a of each site of a use, a one last where there is a bias; indices of a table."""
         found = [site.inputs(self.seen[site.path], self.N) for site in use.sites]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import _versions as versions
 from ._estimators import Empirical, estimator_of
 from ._gradients import gradient_of_rows
 from ._likelihoods import likelihood_of
@@ -36,6 +37,9 @@ class Network:
         estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
             itself; `ExactFisher()`, "exact": the expectation over them; `Empirical()`, "empirical": of the loss itself.
         keep: what statistics hold, "moments", or "rows" too, which the structure "eigen" needs.
+        axis_name: of the mesh, in `shard_map`, where the examples are divided over the devices; the example is then a
+            device's own part, and the loss, the gradient and the moments are the means over them. None elsewhere: `jit`
+            needs none.
 
     Attributes:
         layers: the shape of W (*stack, [batch], m, n) by the path of the weight; the bias is the last column.
@@ -57,7 +61,14 @@ class Network:
     """
 
     def __init__(
-        self, f: Callable[..., Any], likelihood: Any, *, example: Any, estimator: Any = "sampled", keep: str = "moments"
+        self,
+        f: Callable[..., Any],
+        likelihood: Any,
+        *,
+        example: Any,
+        estimator: Any = "sampled",
+        keep: str = "moments",
+        axis_name: str | None = None,
     ) -> None:
         if not callable(f):
             raise TypeError(f"f is {f!r}, expected a function of params and inputs")
@@ -65,7 +76,7 @@ class Network:
             raise TypeError(f"example is a {type(example).__name__}, expected (params, *inputs)")
         if keep not in KEPT:
             raise ValueError(f"keep is {keep!r}, expected one of {', '.join(map(repr, KEPT))}")
-        self.f, self.likelihood, self.keep = f, likelihood_of(likelihood), keep
+        self.f, self.likelihood, self.keep, self.axis_name = f, likelihood_of(likelihood), keep, axis_name
         self.estimator = estimator_of(estimator, self.likelihood)
         params, *inputs = jax.tree.map(_shape_of, tuple(example))
         self.params, self.inputs = params, tuple(inputs)  # shapes
@@ -91,11 +102,19 @@ class Network:
             ValueError: x and y do not fit, f has other layers at this batch, or the key is missing.
         """
         inputs = x if isinstance(x, tuple) else (x,)
+        if key is None and not (isinstance(self.estimator, Empirical) and not _has_entries(self.example)):
+            raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
+        found = versions.without_explicit_axes(
+            self._measured, lambda spec: (spec(None), jax.tree.map(spec, params), spec(None)), params, inputs, y, key
+        )
+        return found if self.axis_name is None else self._over_devices(*found)
+
+    def _measured(self, params: Any, inputs: Any, y: Any, key: Any) -> tuple[Any, Any, Statistics]:
+        params = versions.varying(params, self.axis_name)
         traced = self.traced(params, inputs)
         leaves, tree = jax.tree.flatten(params)
-        outputs, pull, seen = jax.vjp(
-            lambda leaves, probes: traced.run(leaves, inputs, probes), leaves, traced.probes(), has_aux=True
-        )
+        probes = versions.varying(traced.probes(), self.axis_name)
+        outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, probes, has_aux=True)
         numbers = jax.tree.map(wide, outputs)
         if check := getattr(self.likelihood, "check", None):
             check(numbers, y)
@@ -104,20 +123,29 @@ class Network:
         def back(cotangent: Any) -> Any:
             return pull(jax.tree.map(lambda g, z: g.astype(z.dtype), cotangent, outputs))
 
-        gradient, probes = back(first)
-        shown = Shown(seen, traced.N, traced.dtypes)
+        gradient, shown = back(first)
         if isinstance(self.estimator, Empirical) and not _has_entries(traced):
-            draws, first_draw = 1, jax.tree.map(lambda g: traced.N * g, (gradient, probes))
-            statistics = statistics_of(traced, shown, self.keep, draws, lambda draw: first_draw)
-        elif key is None:
-            raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
+            draws, slopes = 1, jax.tree.map(lambda g: traced.N * g, (gradient, shown))
+
+            def drawn(draw: Any) -> Any:
+                return slopes
+
         else:
+            draws = self.estimator.draws(numbers)
+            here = key if self.axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
 
-            def shown_by(draw: Any) -> Any:
-                return back(self.estimator.cotangent(self.likelihood, numbers, y, draw, key))
+            def drawn(draw: Any) -> Any:
+                return back(self.estimator.cotangent(self.likelihood, numbers, y, draw, here))
 
-            statistics = statistics_of(traced, shown, self.keep, self.estimator.draws(numbers), shown_by)
+        statistics = statistics_of(
+            traced, Shown(seen, traced.N, traced.dtypes), self.keep, draws, drawn, self.axis_name
+        )
         return loss, jax.tree.unflatten(tree, gradient), statistics
+
+    def _over_devices(self, loss: Any, gradient: Any, statistics: Statistics) -> tuple[Any, Any, Statistics]:
+        """The means over the axis of `shard_map`; rows stay where they are."""
+        means = jax.lax.pmean((loss, gradient, versions.varying(statistics.moments, self.axis_name)), self.axis_name)
+        return means[0], means[1], Statistics(means[2], statistics.rows)
 
     def check(self, params: Any, x: Any) -> dict[str, float]:
         """Whether Σ g aᵀ is the gradient, for a random cotangent of the outputs: the relative error of each layer.
@@ -150,14 +178,12 @@ class Network:
     def _errors(self, params: Any, inputs: Any) -> dict[str, Any]:
         traced = self.traced(params, inputs)
         leaves, tree = jax.tree.flatten(params)
-        outputs, pull, seen = jax.vjp(
-            lambda leaves, probes: traced.run(leaves, inputs, probes), leaves, traced.probes(), has_aux=True
-        )
+        outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, traced.probes(), has_aux=True)
         _, expected = jax.vjp(lambda leaves: self.f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
         keys = iter(jax.random.split(jax.random.key(0), jax.tree.structure(outputs).num_leaves))
         cotangent = jax.tree.map(lambda z: jax.random.normal(next(keys), z.shape, z.dtype), outputs)
         (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
-        shown, errors = Shown(seen, traced.N, traced.dtypes), {}
+        shown, errors = Shown.of(traced, seen), {}
         for layer in traced.assembly.layers:
             if layer.kind != "entries":
                 came, true = gradient_of_rows(shown, layer, probes).ravel(), layer.matrix(gradient).ravel()

@@ -23,6 +23,7 @@ def precondition(
     length: Any = "auto",
     kl_clip: Any = None,
     kl_lr: Any = None,
+    inverse_sharding: Any = None,
 ) -> Any:
     """The gradient of every layer becomes G⁻¹ ∇W A⁻¹: an `optax.GradientTransformationExtraArgs`.
 
@@ -45,6 +46,8 @@ def precondition(
             it is. "auto": 1e-3, None where λ is a number or with `kl_clip`.
         kl_clip, kl_lr: κ and lr, 1 unless given: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U
             being the gradients before and after. None: it is not.
+        inverse_sharding: a `NamedSharding` of one dimension: the layers of equal shapes are divided over its devices,
+            each of which refreshes its own. In `shard_map` the network's `axis_name` says it.
 
     Raises:
         TypeError, ValueError: a wrong option.
@@ -60,7 +63,7 @@ def precondition(
     """
     import optax
 
-    control = Control(damping, decay, statistics_period, inverse_period, length, kl_clip, kl_lr)
+    control = Control(damping, decay, statistics_period, inverse_period, length, kl_clip, kl_lr, inverse_sharding)
     found = KFACOptions(structure).checked().structure_value
     if found.linked:
         raise ValueError(f"structure is {structure!r}, expected one that takes no links between layers")

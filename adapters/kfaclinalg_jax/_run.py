@@ -38,7 +38,7 @@ def run(
     def read(v: Any) -> Any:
         return v.val if versions.is_literal(v) else held[v]
 
-    for i, eqn in enumerate(jaxpr.eqns):
+    for i, eqn in versions.numbered(jaxpr):
         here, values = (*path, i), [read(v) for v in eqn.invars]
         inner = plan.inside(here)
         if here in plan.sites or here in plan.factors or not any(inner):

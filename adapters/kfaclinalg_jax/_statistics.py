@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ._moments import Rows, Shown, factors
 from ._traced import Traced
+from ._versions import varying
 
 
 class Statistics(NamedTuple):
@@ -24,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 def statistics_of(
-    traced: Traced, shown: Shown, keep: str, draws: int, back: Callable[[Any], tuple[Any, Any]]
+    traced: Traced, shown: Shown, keep: str, draws: int, back: Callable[[Any], tuple[Any, Any]], axis: str | None = None
 ) -> Statistics:
     """`back(draw)` are the gradients of the parameters and at the sites, of the sum of the examples' losses."""
     layers = traced.assembly.layers
@@ -45,7 +46,7 @@ def statistics_of(
             moments, rows = one(draw)
             return jax.tree.map(jnp.add, total, moments), rows
 
-        G, rows = jax.lax.scan(step, zeros, jnp.arange(draws))
+        G, rows = jax.lax.scan(step, varying(zeros, axis), jnp.arange(draws))
     moments = {layer.name: factors(layer, shown.A(layer), [M / shown.N for M in G[layer.name]]) for layer in layers}
     inputs = {layer.name: shown.inputs(layer, layer.uses[0]) for layer in kept}
     return Statistics(moments, {name: Rows(a, rows[name]) for name, a in inputs.items()})

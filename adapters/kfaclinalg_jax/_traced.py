@@ -46,7 +46,7 @@ class Traced:
 
         def of(leaves: Any, inputs: Any, probes: Any) -> Any:
             _, seen = self.run(leaves, inputs, probes)
-            shown = Shown(seen, self.N, self.dtypes)
+            shown = Shown.of(self, seen)
             return {x.name: factors(x, shown.A(x), shown.G(x, leaves, probes)) for x in self.assembly.layers}
 
         found: dict[str, Any] = jax.eval_shape(of, self.leaves, self.inputs, self.probes())
@@ -97,7 +97,7 @@ def example_axes(f: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> d
 
 def _grown(once: Any, twice: Any, path: Path) -> Iterator[tuple[Path, int]]:
     """The path of each equation with one axis that has doubled, and the axis."""
-    for i, (x, y) in enumerate(zip(once.eqns, twice.eqns, strict=False)):
+    for (i, x), (_, y) in zip(versions.numbered(once), versions.numbered(twice), strict=False):
         if x.primitive is not y.primitive:
             return
         for inner, other in zip(versions.programs(x), versions.programs(y), strict=False):

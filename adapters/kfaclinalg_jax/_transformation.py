@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kfaclinalg import Factors, KroneckerEigen, moving_average
 
 from ._control import Control, periods, turns
+from ._devices import divided
 from ._groups import Group, grouped
 from ._inverses import Inverse, blank, observed, refreshed
 from ._network import Network
@@ -43,7 +44,7 @@ class Transformation:
 
     def __init__(self, net: Network, control: Control, structure: Any) -> None:
         self.names, self.layers = net.example.names, net.example.assembly.layers
-        self.control, self.structure = control, structure
+        self.control, self.structure, self.axis_name = control, structure, net.axis_name
         self.moments, self.draws = net.example.moments(), net.estimator.draws(jax.tree.leaves(net.example.outputs)[0])
 
     def __iter__(self) -> Any:
@@ -89,7 +90,7 @@ class Transformation:
         for group, old, M in zip(plan.groups, state.inverses, averages, strict=True):
             turn = jnp.asarray([plan.turns[i] for i in group.places])
             wanted = (early | (step % plan.inverse_period == turn) | ~old.ready) & (taken > 0)
-            new = refreshed(self.structure, M, old, wanted, damping)
+            new = self.refresh(damping)(M, old, wanted)
             if self.structure.observes and statistics is not None:
                 new = self._observed(plan, group, new, statistics, takes, damping)
             inverses.append(new)
@@ -99,6 +100,12 @@ class Transformation:
             jax.tree.structure(updates), [jnp.where(finite, u, jnp.zeros_like(u)) for u in kept]
         )
         return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
+
+    def refresh(self, damping: Any) -> Any:
+        def one(M: Any, old: Inverse, wanted: Any) -> Inverse:
+            return refreshed(self.structure, M, old, wanted, damping)
+
+        return divided(one, self.axis_name, self.control.sharding)
 
     def _averaged(self, plan: Plan, old: Any, statistics: Statistics, takes: Any, taken: Any) -> Any:
         """ε = min(1 - 1/k, decay)."""
@@ -124,7 +131,8 @@ class Transformation:
             members = [jax.tree.map(lambda x, i=i: x[i], old.fitted) for i in range(len(group.layers))]
             names = [layer.name for layer in group.layers]
             squares = [mean_squares(statistics, name, F) for name, F in zip(names, members, strict=True)]
-            return observed(self.structure, old, jnp.stack(squares), decay, damping)
+            mean = jnp.stack(squares) if self.axis_name is None else jax.lax.pmean(jnp.stack(squares), self.axis_name)
+            return observed(self.structure, old, mean, decay, damping)
 
         return jax.lax.cond(takes, seen, lambda: old)
 

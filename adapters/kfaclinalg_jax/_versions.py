@@ -7,6 +7,7 @@ and `jax.checkpoint`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,13 @@ def inside(eqn: Any) -> Any:
     return (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
 
 
+def numbered(jaxpr: Any) -> list[tuple[int, Any]]:
+    """The equations of a program by numbers that `shard_map`, which adds casts of its own, does not change."""
+    casts = [eqn.primitive.name in ("pcast", "pvary") for eqn in jaxpr.eqns]
+    before = [0, *itertools.accumulate(casts)]
+    return [(~i if cast else i - before[i], eqn) for i, (eqn, cast) in enumerate(zip(jaxpr.eqns, casts, strict=True))]
+
+
 def programs(eqn: Any) -> list[Any]:
     """All programs inside an equation that can hold sites."""
     if found := inside(eqn) or rematerialised(eqn):
@@ -107,6 +115,35 @@ def evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
     )
     found = iter(jax.core.eval_jaxpr(alone, [], *given.values()))
     return [None if isinstance(v, core.DropVar) else next(found) for v in eqn.outvars]
+
+
+def varying(tree: Any, axis: str | None) -> Any:
+    """As what differs along an axis of `shard_map`: the gradients of what does not come out summed over it."""
+    if axis is None:
+        return tree
+
+    def one(x: Any) -> Any:
+        try:
+            return jax.lax.pcast(x, axis, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axis)
+        except ValueError:  # it differs already
+            return x
+
+    return jax.tree.map(one, tree)
+
+
+def without_explicit_axes(f: Callable[..., Any], like: Callable[..., Any], *args: Any) -> Any:
+    """f(*args), where types name no axes of a mesh; `like(spec)` are the specifications of the results.
+
+    They are given in the terms of `spec(x)`, that of an array x, and of `spec(None)`, not divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit not in (mesh.axis_types or ()):
+        return f(*args)
+
+    def spec(x: Any) -> Any:
+        return jax.sharding.PartitionSpec() if x is None else jax.typeof(x).sharding.spec
+
+    return jax.sharding.auto_axes(f, out_sharding=like(spec))(*args)
 
 
 def place(eqn: Any) -> str:
