@@ -9,12 +9,12 @@ network that has not learnt the wrong labels by heart, a little better. Below ar
 digits that help and that harm its prediction most: digits with the label that they look like, and wrong ones.
 
 The linear datamodeling score (Park et al. 2023) asks whether scores predict what another training set would give:
-models are trained anew on random halves of clean data, and for each test digit the sum of the scores of a half is
-rank-correlated with the loss of its model. The setting is that published with dattri (Deng et al. 2024): a perceptron
+models are trained anew on random halves of clean data, and for each test digit the sum of the scores of a half is rank-
+correlated with the loss of its model. The setting is that published with dattri (Deng et al. 2024): a perceptron
 784-128-64-10 with dropout 0.1, SGD of 0.01 with momentum 0.9, 50 epochs, 5000 training and 500 test digits. Its
-figures, read off a chart, are the dotted lines; it has none for EKFAC, which comes above all that take one model. The
-damping is swept: a score at one that was never swept may be of little use, and at the right end it is no more than the
-inner product of two gradients.
+figures, read off a chart, are the dotted lines; it has none for EKFAC, which comes out beside the best of those that
+take one model, CG. The damping is swept: a score at one that was never swept may be of little use, and at the right end
+it is no more than the inner product of two gradients.
 """
 
 from typing import Any, NamedTuple
