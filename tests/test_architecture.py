@@ -22,7 +22,8 @@ def table():
 
 RANKS = table()
 OWN = {
-    "kfaclinalg_torch": {*"torch kfaclinalg tqdm scipy matplotlib".split(), "laplace", "linear_operator", "curvlinops"},
+    "kfaclinalg_torch": {"torch", "kfaclinalg", "tqdm", "scipy", "matplotlib"}
+    | {"laplace", "linear_operator", "curvlinops"},
     "kfaclinalg_jax": {"jax", "kfaclinalg", "numpy", "optax"},
     "kfaclinalg_mlp": {"array_api_compat", "kfaclinalg"},
 }

@@ -21,7 +21,7 @@ KEPT = ("moments", "rows")
 
 
 class Network:
-    """f(params, *inputs) -> outputs with the layers that were found in it, whichever library wrote it.
+    """`f(params, *inputs) -> outputs` with the layers that were found in it, whichever library wrote it.
 
     f is traced, and every parameter is followed to the equations that use it. A product or a convolution with something
     that is no parameter is a layer, with the bias that is added to it; so are the rows that are taken from a table, and
@@ -33,7 +33,7 @@ class Network:
         f: a pure function of any pytree of parameters, and of arrays of which the first dimension counts the examples.
         likelihood: of the outputs: "categorical" (logits in the last dimension), "bernoulli", "gaussian", or an object
             with the methods of `kfaclinalg_jax.Likelihood`.
-        example: (params, *inputs), arrays or `jax.ShapeDtypeStruct`: what f is called with.
+        example: `(params, *inputs)`, arrays or `jax.ShapeDtypeStruct`: what f is called with.
         estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
             itself; `ExactFisher()`, "exact": the expectation over them; `Empirical()`, "empirical": of the loss itself.
         keep: what statistics hold, "moments", or "rows" too, which the structure "eigen" needs.
@@ -42,7 +42,7 @@ class Network:
             needs none.
 
     Attributes:
-        layers: the shape of W (*stack, [batch], m, n) by the path of the weight; the bias is the last column.
+        layers: the shape of W, `(*stack, [batch], m, n)`, by the path of the weight; the bias is the last column.
         skipped: why a parameter has no layer, by its path: the primitive that uses it, and the line of the source.
 
     Raises:

@@ -25,10 +25,10 @@ def f(p, x):
 
 def run(make, place, wrap=lambda step: step):
     """Three steps from the same start."""
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-    params = {"W": [0.5 * jax.random.normal(next(keys), (6, 6)) for _ in range(3)], "b": [jnp.zeros(6)] * 3}
-    params |= {"scale": jnp.ones(6), "shift": jnp.zeros(6), "V": jax.random.normal(next(keys), (6, 2))}
-    x, y = jax.random.normal(next(keys), (8, 6)), jnp.arange(8) % 2
+    normal = np.random.default_rng(0).normal
+    params = {"W": [0.5 * normal(size=(6, 6)) for _ in range(2)], "b": [np.zeros(6)] * 2}
+    params |= {"scale": np.ones(6), "shift": np.zeros(6), "V": normal(size=(6, 2))}
+    params, x, y = jax.tree.map(jnp.asarray, (params, normal(size=(8, 6)), np.arange(8) % 2))
     net, tx = make(params, x)
     state = tx.init(params)
 
@@ -49,7 +49,7 @@ def maker(*, part=1, structure="block-diagonal", axis_name=None, **options):
 
     def make(params, x):
         example = (params, x[: len(x) // part])
-        net = Network(f, "categorical", example=example, estimator="exact", keep=keep, axis_name=axis_name)
+        net = Network(f, "categorical", example=example, estimator="empirical", keep=keep, axis_name=axis_name)
         periods = {"statistics_period": 1, "inverse_period": 2}
         return net, optax.chain(precondition(net, structure=structure, **periods, **options), optax.sgd(0.3))
 
@@ -61,18 +61,18 @@ def on(mesh):
 
 
 structure = sys.argv[2]
-expected = run(maker(structure=structure), lambda tree, spec: tree)
 auto, explicit = (
     jax.make_mesh((devices,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)
 )
-found = {"jit": run(maker(structure=structure), on(auto))}
-sharded = maker(structure=structure, inverse_sharding=NamedSharding(auto, SPLIT))
-found["inverses divided"] = run(sharded, on(auto))
 mapped = maker(structure=structure, part=devices, axis_name="data")
 specs = {"in_specs": (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), "out_specs": WHOLE}
-found["shard_map"] = run(mapped, lambda tree, spec: tree, lambda step: jax.shard_map(step, mesh=auto, **specs))
-with jax.set_mesh(explicit):
-    found["explicit"] = run(maker(structure=structure), on(explicit))
+expected = run(maker(structure=structure), lambda tree, spec: tree)
+found = {"shard_map": run(mapped, lambda tree, spec: tree, lambda step: jax.shard_map(step, mesh=auto, **specs))}
+if structure == "block-diagonal":
+    found["jit"] = run(maker(), on(auto))
+    found["inverses divided"] = run(maker(inverse_sharding=NamedSharding(auto, SPLIT)), on(auto))
+    with jax.set_mesh(explicit):
+        found["explicit"] = run(maker(), on(explicit))
 for name, came in found.items():
     jax.tree.map(
         lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13, err_msg=name),
