@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import wraps
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from .._checks import check_batches, fraction, nonnegative
 from .._typing import Array, Scalar, Scalars
@@ -22,7 +23,7 @@ def in_double(f: F) -> F:
 
     @wraps(f)
     def run(*args: Any, **options: Any) -> Any:
-        if not any(map(_is_of_jax, args)):
+        if "jax" not in sys.modules or not any(map(_is_of_jax, args)):
             return f(*args, **options)
         import jax
 
@@ -37,7 +38,12 @@ def _is_of_jax(x: Any) -> bool:
     """Whether it is an array of JAX, or begins with one."""
     while isinstance(x, (tuple, list)) and x:
         x = x[0]
-    return not isinstance(x, Real) and type(x).__module__.startswith("jax")
+    return not is_number(x) and type(x).__module__.startswith("jax")
+
+
+def is_number(x: Any) -> TypeGuard[float]:
+    """Whether it is Python's, or is one of NumPy's numbers; of a float without the detour of an abstract class."""
+    return type(x) is float or isinstance(x, Real)
 
 
 def scalar(
@@ -76,7 +82,7 @@ def count(name: str, x: Any) -> Array:
 def beside(b: Backend, x: Any) -> Any:
     """A number, or a 0-d array, of floating point in the dtype in which scalars accumulate; what lives elsewhere is
     waited for."""
-    if isinstance(x, Real):
+    if is_number(x):
         return x
     other = backend_of(x)
     if other.xp is not b.xp or (b.kind != "jax" and other.device != b.device):
@@ -86,22 +92,22 @@ def beside(b: Backend, x: Any) -> Any:
 
 def array_beside(b: Backend, x: Scalars) -> Array:
     """The same, of a number too."""
-    return b.xp.asarray(x, dtype=b.widest, device=b.device) if isinstance(x, Real) else beside(b, x)
+    return b.xp.asarray(x, dtype=b.widest, device=b.device) if is_number(x) else beside(b, x)
 
 
 def in_dtype(b: Backend, x: Scalars) -> Scalars:
     """A number, or a 0-d array in the backend's dtype."""
-    return x if isinstance(x, Real) else narrowed(x, b.dtype)
+    return x if is_number(x) else narrowed(x, b.dtype)
 
 
 def where(condition: Any, x: Scalars, y: Scalars) -> Scalars:
     """x or y: of a Python condition one of them, of an array an array, its value unseen."""
-    if isinstance(condition, Real):
+    if is_number(condition):
         return x if condition else y
     b = backend_of(condition)
-    x, y = (b.xp.asarray(z, dtype=b.widest, device=b.device) if isinstance(z, Real) else z for z in (x, y))
+    x, y = (b.xp.asarray(z, dtype=b.widest, device=b.device) if is_number(z) else z for z in (x, y))
     return b.xp.where(condition, x, y)
 
 
 def is_finite(x: Scalars) -> Any:
-    return math.isfinite(x) if isinstance(x, Real) else namespace_of(x).isfinite(x)
+    return math.isfinite(x) if is_number(x) else namespace_of(x).isfinite(x)
