@@ -5,6 +5,7 @@ equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A an
 """
 
 from ._damping import Relative
+from ._door import layer
 from ._estimators import Empirical, ExactFisher, Sampled
 from ._kfac import KFAC
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -16,6 +17,7 @@ from ._transformation import PreconditionState
 __all__ = [
     "KFAC",
     "Network",
+    "layer",
     "precondition",
     "PreconditionState",
     "Relative",

@@ -21,9 +21,14 @@ class Assembly:
 
     def __init__(self, search: Search, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
         self.names, self.shapes = names, shapes
-        self.sites: dict[Any, Site] = dict(search.sites)
+        known = search.vouched  # other uses of these weights are parts of what the user has said
+        self.sites: dict[Any, Site] = {
+            path: site for path, site in search.sites.items() if site.source or site.weight.leaf not in known
+        }
         self.spares = search.spares
-        self.reasons = {leaf: f"used by {_several(where)}" for leaf, where in search.others.items()}
+        self.reasons = {
+            leaf: f"used by {_several(where)}" for leaf, where in search.others.items() if leaf not in known
+        }
         self.layers: list[Layer] = []
         self._roles()
         self._biases()

@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _versions as versions
-from ._rules import RULES, common, moved
+from ._results import Path, Result, passed
+from ._rules import RULES, common, moved, vouched
 from ._sites import Scale, Site
 from ._views import View
-
-Path = tuple[int, ...]
-
-
-class Result(NamedTuple):
-    """The output of a site on its way: which axis of the variable is which axis of that output.
-
-    None stands for axes that hold rows.
-    """
-
-    site: Path
-    axes: tuple[int | None, ...]
-    alone: bool = True  # whether nothing else has used it
 
 
 class Search:
@@ -35,6 +23,8 @@ class Search:
         self.spares: dict[Path, Site] = {}  # additions of a bias, in case it is none
         self.factors: dict[Path, int] = {}  # of a product with a parameter, which operand is the other
         self.others: dict[int, list[str]] = {}
+        self.said: dict[str, dict[str, Any]] = {}  # of a layer, by the user
+        self.vouched: set[int] = set()  # weights of which the user has said so
 
     def program(self, jaxpr: Any, tags: Sequence[Any], path: Path, lengths: tuple[int, ...]) -> list[Any]:
         """Follow the tags of the variables that go in; those of the ones that come out."""
@@ -48,7 +38,9 @@ class Search:
 
         for i, eqn in versions.numbered(jaxpr):
             found = [tag_of(v) for v in eqn.invars]
-            if any(tag is not None for tag in found):
+            if word := versions.word(eqn):
+                known |= zip(eqn.outvars, self.word(eqn, word, found, (*path, i), lengths), strict=False)
+            elif any(tag is not None for tag in found):
                 outs = self.equation(eqn, found, (*path, i), lengths)
                 known |= {v: tag for v, tag in zip(eqn.outvars, outs, strict=False) if tag is not None}
         return [tag_of(v) for v in jaxpr.outvars]
@@ -59,7 +51,7 @@ class Search:
         if inner := versions.inside(eqn) or versions.rematerialised(eqn):
             return self.program(inner[0], tags, path, lengths)
         if not views:
-            return [_passed(eqn, next(tag for tag in tags if tag is not None))]
+            return [passed(eqn, next(tag for tag in tags if tag is not None))]
         if eqn.primitive.name == "scan":
             return self.scan(eqn, tags, path, lengths)
         if len(views) == 1 and views[0] == 0 and (through := moved(eqn, tags[0])) is not None:
@@ -101,6 +93,20 @@ class Search:
         """A use that is no site."""
         self.other(view, versions.place(eqn))
         return []
+
+    def word(self, eqn: Any, word: tuple[str, str], tags: list[Any], path: Path, lengths: tuple[int, ...]) -> list[Any]:
+        """What the user says of a layer: its inputs, then its weight, then its outputs."""
+        number, role = word
+        said = self.said.setdefault(number, {})
+        said[role] = path if role == "inputs" else tags[0]
+        view = said.get("weight")
+        if role != "outputs" or not isinstance(view, View):
+            return []
+        self.factors[said["inputs"]] = 0
+        site = vouched(view, said["inputs"], common(eqn, view, path, lengths)).seen_at(self.grows.get(path))
+        self.sites[path] = site
+        self.vouched.add(view.leaf)
+        return [Result(path, tuple(i if i in site.labels else None for i in range(len(site.shape))))]
 
     def merged(self, view: View, result: Result, path: Path) -> bool:
         """Take the parameter for the bias of a site, if it is that."""
@@ -153,43 +159,3 @@ def search(jaxpr: Any, leaves: Sequence[Any], grows: Mapping[Path, int]) -> Sear
         if isinstance(tag, View):
             found.other(tag, "it is what the function returns")
     return found
-
-
-def _passed(eqn: Any, result: Any) -> Any:
-    """The output of a site behind an equation that only rearranges it, or that multiplies it."""
-    before, after = (tuple(v.aval.shape) for v in (eqn.invars[0], eqn.outvars[0]))
-    old, p, new = result.axes, eqn.params, None
-    match eqn.primitive.name:
-        case "transpose":
-            new = [old[i] for i in p["permutation"]]
-        case "squeeze":
-            new = [axis for i, axis in enumerate(old) if i not in p["dimensions"]]
-        case "broadcast_in_dim":
-            along = p["broadcast_dimensions"]
-            new = [old[along.index(i)] if i in along else None for i in range(len(after))]
-        case "reshape":
-            new = _reshaped(old, before, after)
-        case "mul" if len(old) == len(after):
-            return result._replace(alone=False)
-        case name if name in versions.SAME and len(eqn.outvars) == 1:
-            return result
-    return None if new is None or len(new) != len(after) else result._replace(axes=tuple(new))
-
-
-def _reshaped(axes: Sequence[int | None], before: tuple[int, ...], after: tuple[int, ...]) -> list[int | None] | None:
-    """Where the axes that count stand in what the reshape leaves alone, at the end or at the beginning."""
-    pairs = list(zip(before, after, strict=False))
-    first = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-    ends = list(zip(before[::-1], after[::-1], strict=False))
-    last = next((i for i, (x, y) in enumerate(ends) if x != y), len(ends))
-    new: list[int | None] = [None] * len(after)
-    for i, axis in enumerate(axes):
-        if axis is None or before[i] == 1:
-            continue
-        if i >= len(before) - last:
-            new[i + len(after) - len(before)] = axis
-        elif i < first:
-            new[i] = axis
-        else:
-            return None
-    return new

@@ -36,7 +36,7 @@ class Shown(NamedTuple):
 
     def inputs(self, layer: Layer, use: Use) -> list[Any]:
         """a of each site of a use, a one last where there is a bias; indices of a table."""
-        found = [site.inputs(self.seen[site.path], self.N) for site in use.sites]
+        found = [site.inputs(self.seen[site.source or site.path], self.N) for site in use.sites]
         if use.is_table:
             return found
         found = [a.astype(self.dtypes[layer.name]) for a in found]

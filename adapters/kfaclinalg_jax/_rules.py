@@ -45,6 +45,14 @@ def dense(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | None:
     )
 
 
+def vouched(view: View, source: tuple[int, ...], shared: dict[str, Any]) -> Site:
+    """What `layer` has said: inputs @ weight."""
+    last = len(shared["shape"]) - 1
+    groups = Groups((), tuple(range(last)), (last,))
+    matrix = (*view.stack, view.shape[1], view.shape[0])
+    return Dense(**shared, operand=-1, weight=view.part((1,), (0,)), matrix=matrix, x=groups, s=groups, source=source)
+
+
 def convolution(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | None:
     """Images on the left, a kernel on the right."""
     p, x = eqn.params, eqn.invars[0].aval

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import _versions as versions
-from ._find import Path
+from ._results import Path
 from ._sites import Site
 
 Arrays = Mapping[Path, Any]

@@ -64,6 +64,7 @@ class Site:
     bias: Part | None = None
     bias_at: tuple[int, ...] | None = None  # the path of the equation that adds it
     example: int | None = None
+    source: tuple[int, ...] | None = None  # where what the parameter acts on is seen, if not here
 
     @property
     def labels(self) -> Axes:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from . import _versions as versions
 from ._assemble import Assembly
-from ._find import Path, search
+from ._find import search
 from ._moments import Shown, factors
+from ._results import Path
 from ._run import Plan, run
 from ._sites import Site
 
@@ -31,7 +32,7 @@ class Traced:
         self.assembly = Assembly(found, self.names, [tuple(leaf.shape) for leaf in self.leaves])
         layers = self.assembly.layers
         self.sites: dict[Path, Site] = {site.path: site for layer in layers for site in layer.sites}
-        needed = {getattr(site, "factor", None) for site in self.sites.values()}
+        needed = {path for site in self.sites.values() for path in (site.source, getattr(site, "factor", None))}
         self.plan = Plan(self.sites, {path: at for path, at in found.factors.items() if path in needed})
         self.dtypes = {
             layer.name: jnp.promote_types(jnp.result_type(*(self.leaves[i].dtype for i in layer.leaves)), jnp.float32)

@@ -21,6 +21,7 @@ INLINED = {  # primitive: which of its parameters is the program inside
     "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
 }
+LAYER = "kfaclinalg.layer"  # the first part of the names that `layer` gives
 REMAT = ("checkpoint", "remat", "remat2")
 #: what gives its operand in another dtype, place or state of variance
 SAME = frozenset(
@@ -88,6 +89,12 @@ def numbered(jaxpr: Any) -> list[tuple[int, Any]]:
     casts = [eqn.primitive.name in ("pcast", "pvary") for eqn in jaxpr.eqns]
     before = [0, *itertools.accumulate(casts)]
     return [(~i if cast else i - before[i], eqn) for i, (eqn, cast) in enumerate(zip(jaxpr.eqns, casts, strict=True))]
+
+
+def word(eqn: Any) -> tuple[str, str] | None:
+    """The number and the role in what `layer` has said of a value."""
+    parts = str(eqn.params.get("name", "")).split("/") if eqn.primitive.name == "name" else []
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == LAYER else None
 
 
 def programs(eqn: Any) -> list[Any]:

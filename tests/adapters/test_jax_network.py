@@ -7,9 +7,10 @@ import jax_models
 import numpy as np
 import pytest
 import torch
+from jax import lax
 from jax_torch import Images, Texts, as_params, images, texts
 
-from kfaclinalg_jax import Network, Sampled
+from kfaclinalg_jax import Network, Sampled, layer
 from kfaclinalg_torch import KFACPreconditioner
 
 KEY = jax.random.key(2)
@@ -111,8 +112,8 @@ def test_the_factors_are_those_of_the_other_adapter(kind, f, x):
     assert not net.skipped
     y = jnp.zeros(outputs.shape[:-1], int)
     moments = jax.jit(net.value_grad_and_statistics)(params, x, y, key=KEY)[2].moments
-    for name, layer in preconditioner.layers.items():
-        for pair in zip(moments[f"{name}.weight"], layer, strict=True):
+    for name, factors in preconditioner.layers.items():
+        for pair in zip(moments[f"{name}.weight"], factors, strict=True):
             ours, theirs = (np.asarray(M.d if hasattr(M, "d") else M) for M in pair)
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -146,3 +147,24 @@ def test_mistakes():
         net.value_grad_and_statistics(params, x, jnp.zeros((4, 2)), key=KEY)
     with pytest.raises(ValueError, match="other layers"):
         net.value_grad_and_statistics({**params, "z": jnp.ones(1)}, x, jnp.zeros(4, int), key=KEY)
+
+
+def test_a_layer_is_what_the_user_says_it_is():
+    """In a branch, under `vmap` and in a scan; a bias that is added after it belongs to it."""
+
+    def hidden(x, W):
+        return layer(lax.cond(True, lambda: x @ W, lambda: x @ W), inputs=x, weight=W)
+
+    def f(p, x):
+        x = jax.vmap(lambda x: jnp.tanh(hidden(x, p["W"]) + p["b"]))(x)
+        return lax.scan(lambda x, V: (jnp.tanh(hidden(x, V)), None), x, p["V"])[0]
+
+    params, x = jax_models.params(W=(3, 4), b=(4,), V=(2, 4, 4)), jax_models.inputs(3)
+    net = Network(f, "gaussian", example=(params, x))
+    assert (net.layers, net.skipped) == ({"V": (2, 4, 4), "W": (4, 4)}, {})
+    net.check(params, x)
+    wrong = Network(lambda p, x: layer(2 * (x @ p["W"]), inputs=x, weight=p["W"]), "gaussian", example=(params, x))
+    with pytest.raises(ValueError, match="not the gradient"):
+        wrong.check(params, x)
+    with pytest.raises(ValueError, match=r"y has shape \(4, 3\)"):
+        layer(x, inputs=x, weight=params["W"])
