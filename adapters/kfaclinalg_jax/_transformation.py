@@ -43,7 +43,7 @@ class Transformation:
     """The two functions of a transformation."""
 
     def __init__(self, net: Network, control: Control, structure: Any) -> None:
-        self.names, self.layers = net.example.names, net.example.assembly.layers
+        self.names, self.leaves, self.layers = net.example.names, net.example.leaves, net.example.assembly.layers
         self.control, self.structure, self.axis_name = control, structure, net.axis_name
         self.moments, self.draws = net.example.moments(), net.estimator.draws(jax.tree.leaves(net.example.outputs)[0])
 
@@ -55,7 +55,7 @@ class Transformation:
         moments = [self.moments[layer.name] for layer in layers]
         chosen = periods(layers, moments, self.structure, self.draws)
         of_statistics, of_inverses = (self.control.period(name, chosen) for name in chosen)
-        return Plan(grouped(layers, self.moments), turns(moments, of_inverses), of_statistics, of_inverses)
+        return Plan(grouped(layers, self.moments, self.leaves), turns(moments, of_inverses), of_statistics, of_inverses)
 
     def init(self, params: Any) -> PreconditionState:
         groups = self.plan(_by_name(params)).groups
@@ -75,30 +75,34 @@ class Transformation:
     ) -> tuple[Any, PreconditionState]:
         leaves = _by_name(updates)
         plan, step = self.plan(leaves), state.step
-        finite = _are_finite(list(leaves.values()))
+        Vs = [group.gradients(leaves, self.names) for group in plan.groups]
+        known = {self.names[i] for group in plan.groups for layer in group.layers for i in layer.leaves}
+        others = {name: g for name, g in leaves.items() if name not in known}
+        finite = _are_finite([*Vs, *others.values()])
         damping = self.control.damping_at(step)
         taken, rejected, averages = state.taken, state.rejected, state.averages
         takes: Any = False
         if statistics is not None:
             early = self.control.is_early("statistics_period", step, plan.statistics_period)
             due = early | (step % plan.statistics_period == 0)
-            takes = due & finite & _are_finite(jax.tree.leaves(statistics.moments))
+            new = [group.stacked(statistics.moments) for group in plan.groups]
+            takes = due & finite & _are_finite(jax.tree.leaves(new))
             taken, rejected = taken + takes, rejected + (due & ~takes)
-            averages = self._averaged(plan, averages, statistics, takes, taken)
+            averages = self._averaged(plan, averages, new, takes, taken)
         early = self.control.is_early("inverse_period", step, plan.inverse_period)
         inverses = []
         for group, old, M in zip(plan.groups, state.inverses, averages, strict=True):
             turn = jnp.asarray([plan.turns[i] for i in group.places])
             wanted = (early | (step % plan.inverse_period == turn) | ~old.ready) & (taken > 0)
-            new = self.refresh(damping)(M, old, wanted)
+            made = self.refresh(damping)(M, old, wanted)
             if self.structure.observes and statistics is not None:
-                new = self._observed(plan, group, new, statistics, takes, damping)
-            inverses.append(new)
-        found = self._applied(plan, leaves, inverses, step, finite)
-        kept = [found.get(name_of(path), g) for path, g in jax.tree_util.tree_leaves_with_path(updates)]
-        updates = jax.tree.unflatten(
-            jax.tree.structure(updates), [jnp.where(finite, u, jnp.zeros_like(u)) for u in kept]
-        )
+                made = self._observed(plan, group, made, statistics, takes, damping)
+            inverses.append(made)
+        Vs = [jnp.where(finite, V, 0.0) for V in Vs]
+        found = {name: jnp.where(finite, g, jnp.zeros_like(g)) for name, g in others.items()}
+        found |= self._applied(plan, leaves, Vs, inverses, step)
+        paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(updates))
+        updates = jax.tree.unflatten(jax.tree.structure(updates), [found[name_of(path)] for path in paths])
         return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
 
     def refresh(self, damping: Any) -> Any:
@@ -107,13 +111,12 @@ class Transformation:
 
         return divided(one, self.axis_name, self.control.sharding)
 
-    def _averaged(self, plan: Plan, old: Any, statistics: Statistics, takes: Any, taken: Any) -> Any:
+    def _averaged(self, plan: Plan, old: Any, new: Any, takes: Any, taken: Any) -> Any:
         """ε = min(1 - 1/k, decay)."""
         bound = self.control.decay_over(plan.statistics_period)
         epsilon = jnp.minimum(1 - 1 / jnp.maximum(taken, 1), bound)
 
         def mixed() -> Any:
-            new = (group.stacked(statistics.moments) for group in plan.groups)
             pairs = zip(old, new, strict=True)
             return tuple(moving_average(Factors((x,)), Factors((y,)), decay=epsilon).layers[0] for x, y in pairs)
 
@@ -136,12 +139,11 @@ class Transformation:
 
         return jax.lax.cond(takes, seen, lambda: old)
 
-    def _applied(self, plan: Plan, leaves: Mapping[str, Any], inverses: Any, step: Any, finite: Any) -> dict[str, Any]:
+    def _applied(self, plan: Plan, leaves: Mapping[str, Any], Vs: Any, inverses: Any, step: Any) -> dict[str, Any]:
         """The update of each parameter of a layer."""
         found: dict[str, Any] = {}
         length, agreement = self.control.length_at(step), 0.0
-        for group, inverse in zip(plan.groups, inverses, strict=True):
-            V = group.gradients(leaves, self.names)
+        for group, V, inverse in zip(plan.groups, Vs, inverses, strict=True):
             ready = inverse.ready.reshape(-1, *[1] * (V.ndim - 1))
             U = jnp.where(ready, inverse.operator.apply(V), V)
             agreement = agreement + jnp.abs((U * V).reshape(len(V), -1).sum(-1)).sum()

@@ -189,3 +189,22 @@ def test_mistakes_in_the_options():
             precondition(net, **options)
     with pytest.raises(ValueError, match="fraction is -1"):
         Relative(-1)
+
+
+def test_the_matrix_products_of_a_step_are_those_of_the_algebra():
+    """A layer more: one forward, two for the gradient, one for the sampled gradients, A and G; none to precondition."""
+
+    def products(depth):
+        def f(p, x):
+            for W, b in zip(p["W"], p["b"], strict=True):
+                x = jnp.tanh(x @ W + b)
+            return x
+
+        params, x = {"W": [jnp.eye(3)] * depth, "b": [jnp.zeros(3)] * depth}, jax_models.inputs(3)
+        net = Network(f, "gaussian", example=(params, x))
+        tx = precondition(net)
+        return stepper(net, tx, x).lower(params, tx.init(params), x, KEY).as_text().count("stablehlo.dot_general")
+
+    shallow, deep = products(2), products(5)
+    assert deep - shallow == 3 * 6
+    assert shallow <= 6 * 2 - 2 + 4  # no gradient of the inputs, twice; two to apply and two to invert
