@@ -110,9 +110,10 @@ gpu:
 gpu-dry: $(VENV)/.test
 	$(PYTHON) gpu/run.py --dry $(ARGS)
 
-# With ARGS='-t asv' it links the figures of each commit, which `make site` puts beside it.
+# The tutorials' networks are small: a second thread would wait for the first. With ARGS='-t asv' the pages link the
+# figures of each commit, which `make site` puts beside them.
 docs: $(VENV)/.docs
-	MPLBACKEND=Agg $(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees $(ARGS) docs build/docs
+	MPLBACKEND=Agg $(ONE_THREAD) $(PYTHON) -m sphinx -E -W --keep-going -q -b html -d build/doctrees $(ARGS) docs build/docs
 	@echo "build/docs/index.html"
 
 # Finding the benchmarks writes among the results, so that it works on a copy of them.
