@@ -8,6 +8,7 @@ of one), `_capture` (how that is seen), `_statistics` and `_estimate` (A and G),
 from ._blocks import Block, Dense, Rows
 from ._curvature import Curvature
 from ._damping import Relative
+from ._distributed_state import DistributedState
 from ._embedding import Embedding
 from ._estimators import Empirical, ExactFisher, Sampled
 from ._fit import fit_curvature
@@ -27,6 +28,7 @@ from ._watch import Watch
 __all__ = [
     "KFAC",
     "KFACPreconditioner",
+    "DistributedState",
     "fit_curvature",
     "load_curvature",
     "Curvature",

@@ -62,7 +62,7 @@ class Batch:
 
     def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
         """The batch in pieces of at most `size` examples, each with its share of the whole."""
-        size, whole = size or len(self), self.counted
+        size, whole = size or max(len(self), 1), self.counted
         for place, start in enumerate(range(0, len(self), size)):
             part = slice(start, start + size)
             examples: Any = part if self.examples is None else self.examples[part]

@@ -19,6 +19,8 @@ from ._shards import Sharded, Whole
 from ._team import Team, group_of
 from ._wire import sent
 
+MIXED = 0x9E3779B97F4A7C15  # odd, with bits everywhere
+
 
 class Exchange:
     """Who owns what (`duties`), where (`grid`), and what everybody knows of every layer's inverse.
@@ -39,6 +41,16 @@ class Exchange:
         """These are the layers."""
         self.layers = {layer.name: layer for layer in layers}
         self.duties = Duties(layers, self.grid.all.size)
+
+    def common_seed(self, generator: torch.Generator) -> int:
+        """One number of the first process's."""
+        drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+        return self.grid.all.told(int(drawn), "a seed")[0]
+
+    def seed(self, generator: torch.Generator, number: int, step: int) -> None:
+        """The random numbers of a step follow from the common seed, the step and the process: that is their state."""
+        team = self.grid.all
+        generator.manual_seed((number + MIXED * (step * team.size + team.rank)) % 2**63)
 
     @property
     def owners(self) -> dict[str, int]:
@@ -94,6 +106,18 @@ class Exchange:
         with self.grid.column.waiting("squares of gradients"):
             ((_, told),) = sent(self.grid.column, [self._in_column(name)], [form], [squares], self.dtype)
         return told
+
+    def rejoin(self, p: Any) -> None:
+        """What all know, of a state that each process has loaded a part of."""
+        own = {
+            name: template(closed(*_of(p._inverses, name)), []) for name in p._inverses.inverses if name in self.layers
+        }
+        self.templates, known = {}, set(p._estimate.averages.layers)
+        for names, templates in self.grid.all.told((known, own), "a state"):
+            known |= names
+            self.templates |= templates
+        p._estimate.averages.known = known
+        self.joined = False
 
     def in_basis(self, name: str) -> bool:
         """Whether squares of gradients change its inverse."""

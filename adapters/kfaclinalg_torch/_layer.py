@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kfaclinalg import LayerFactors
+from kfaclinalg import Diagonal, LayerFactors
 
 from ._blocks import Block, Dense, Like
 from ._tied import combined
@@ -38,6 +38,10 @@ class Layer:
             B, H = block.empty_moments()[:: -1 if block.turned != self.blocks[0].turned else 1]
             A, G = (min(x, y, key=lambda M: M.ndim) for x, y in ((A, B), (G, H)))
         return A, G
+
+    def no_factors(self) -> LayerFactors:
+        """Those of a layer that nothing has shown: an expert that no row was given to."""
+        return LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in self.empty_moments()))
 
     def matrix(self, like: Like) -> Tensor:
         return self.blocks[0].matrix(like)

@@ -13,15 +13,15 @@ from kfaclinalg import Factors, KFACOptions, KFACState, LayerFactors, StepInfo, 
 
 from . import _resume as resume
 from ._batch import Batch
-from ._capture import Capture
-from ._discovery import FALLBACKS, check_whole, found
+from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._masks import mask_of
 from ._once import restore
-from ._problem import NetworkProblem
+from ._parallel import BEGIN, facts_of, part_of, probe, problem_of
 from ._settings import check_choice, tensor_of
 from ._table import table_of
+from ._team import Team, group_of
 from ._trained import Group, Trained
 
 
@@ -38,6 +38,8 @@ class KFAC(torch.optim.Optimizer):
             (means, unit variance), or an object with the methods of `kfaclinalg_torch.Likelihood`.
         estimator: `Sampled(samples)` or `ExactFisher()`, or short "sampled" or "exact".
         mask: which positions count, from the model's inputs: a function that gives a boolean tensor (N, ...).
+        group: the processes that share the mini-batch, each with a part of it; None: those of DistributedDataParallel,
+            or all. Their step is that of one process on all of the examples.
         options: the fields of `kfaclinalg.KFACOptions`, by name. Without a `generator` one is made, seeded from
             torch's global one.
 
@@ -52,6 +54,7 @@ class KFAC(torch.optim.Optimizer):
     """
 
     info: StepInfo | None  #: what happened in the last step
+    _problem = problem_of
 
     def __init__(
         self,
@@ -65,8 +68,10 @@ class KFAC(torch.optim.Optimizer):
         outputs: Any = None,
         mask: Any = None,
         skip: Sequence[str] = (),
+        group: Any = None,
         **options: Any,
     ) -> None:
+        self._group, model = group_of(model, group), unwrapped(model)
         self.model, self.likelihood, self.estimator = model, likelihood_of(likelihood), estimator_of(estimator)
         if isinstance(self.estimator, Empirical):
             raise ValueError("KFAC takes its targets from the model: estimator is 'empirical', expected 'sampled'")
@@ -121,18 +126,20 @@ class KFAC(torch.optim.Optimizer):
             ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used, a
                 parameter that was replaced or frozen. Nothing has changed then, nor after an interrupt.
         """
-        self._trained.check()
-        batch = Batch(inputs, targets)
-        given = batch.call(self.mask) if mask is None and self.mask is not None else mask
-        batch = Batch(inputs, targets, mask_of(given, (), {}))
-        options, before, drawn = self.options, (self._state, self.info), self.options.generator.get_state()
-        if self._state is not None:
-            options = options._replace(curvature_fraction=self._state.curvature_fraction)
+        team = Team(self._group, self._trained.layers[0].parameters[0].device)
+        with team.agreed(*BEGIN) as facts:
+            self._trained.check()
+            batch = Batch(inputs, targets)
+            given = batch.call(self.mask) if mask is None and self.mask is not None else mask
+            batch = Batch(inputs, targets, mask_of(given, (), {}))
+            facts.update(facts_of(self, team))
+        before, drawn = (self._state, self.info), self.options.generator.get_state()
+        batch = part_of(team, batch, self.options.generator)
         statistics, capture, weights = [(b, b.clone()) for b in self.model.buffers()], None, None  # running ones
         try:
-            self._trained.probe(next(batch.chunks(options.chunk_size))[1], self._tensor_of)
+            probe(self._trained, team, next(batch.chunks(self.options.chunk_size))[1], self._tensor_of)
             capture, weights = self._trained.capture(), self._trained.network.weights()
-            problem = self._problem(batch, capture, options)
+            problem = self._problem(batch, capture, self.options, team)
             moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
             self._trained.network.assign(weights if self.info.refused else moved)
             if self.info.refused:
@@ -159,25 +166,17 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("KFAC takes its parameters from the model: make a new one for a model that has changed")
         super().add_param_group(param_group)
 
-    def _problem(self, batch: Batch, capture: Capture, options: KFACOptions) -> NetworkProblem:
-        return NetworkProblem(
-            self._trained.network,
-            capture,
-            self.likelihood,
-            batch,
-            options,
-            estimator=self.estimator,
-            sharing=self._trained.sharing,
-            tensor_of=self._tensor_of,
-        )
-
     def _tensor_of(self, returned: Any) -> Tensor:
         return tensor_of(self.outputs, returned)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all of it, the model too, which one deepcopy of both shares."""
         generator = self.options.generator
-        own = {name: value for name, value in vars(self).items() if name not in ("defaults", "param_groups", "state")}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("defaults", "param_groups", "state", "_group")
+        }
         own["options"] = self.options._replace(generator=None)
         return super().__getstate__() | own | {"generator": (str(generator.device), generator.get_state())}
 
@@ -185,6 +184,7 @@ class KFAC(torch.optim.Optimizer):
         device, drawn = state.pop("generator")
         generator = torch.Generator(device)
         generator.set_state(drawn)
+        state["_group"] = group_of(state["model"], None)
         super().__setstate__(state | {"options": state["options"]._replace(generator=generator)})
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,8 +59,7 @@ class KFACPreconditioner(Seen, Controlled):
             it is. "auto": 1e-3, None where λ is a number or with `kl_clip`.
         kl_clip, kl_lr: κ and lr, 1 unless given: the update is multiplied by `min(1, √(κ / Σ lr² |⟨V, U⟩|))`, V and U
             being the gradients before and after. None: it is not.
-        layers: rules of your own by the class of a module, see `kfaclinalg_torch.Rule`; `{MyLinear: nn.Linear}` takes
-            one for the other.
+        layers: rules of your own by the class of a module, see `Rule`; `{MyLinear: nn.Linear}` takes one for the other.
         fallback: "diagonal", or "none": what no rule knows is left alone.
         outputs: which of what the model returns the likelihood is of: a function, or a key, index or attribute.
         mask: which positions count, True in a boolean tensor (N, ...): it, or a function of the model's inputs. The
@@ -68,10 +67,10 @@ class KFACPreconditioner(Seen, Controlled):
         skip: names of modules to leave alone.
         generator: the source of the sampled targets. None: one that is seeded from torch's global one.
         factor_dtype: of A, G and the inverses. None: that of the parameters, half precision widened.
-        placement: of A, G and the inverses among several processes: "replicated", "owner" or a fraction of the
-            processes that hold an inverse. "auto": "owner" under `fully_shard`, "replicated" else.
+        placement: who holds A, G and the inverses: "replicated", all processes, "owner", one, or a fraction of them.
+            "auto": "owner" under `fully_shard`, "replicated" else.
         wire_dtype: in which these travel: torch.bfloat16, for half the bytes. None: factor_dtype.
-        group: the processes. None: those of the sharded parameters, of `DistributedDataParallel`, or all.
+        group: the processes. None: those of sharded parameters, of `DistributedDataParallel`, or all.
         short: `samples`; `reduction` and `grad_scaler`; `exact_damping`, `rank` and `pi_norm`: the constants of an
             estimator or a structure that is given by its short form.
 
@@ -129,6 +128,7 @@ class KFACPreconditioner(Seen, Controlled):
         check_choice("wire_dtype", wire_dtype, (None, torch.bfloat16, torch.float32, torch.float64))
         dtypes = self.factor_dtype, wire_dtype or self.factor_dtype
         self._exchange = exchange_of(wrapper, known.layers, mesh, placement, group, dtypes, self.structure)
+        self._seed = self._exchange.common_seed(self.generator) if self._exchange else 0
         self._estimate = Estimate(
             model,
             known,
@@ -182,6 +182,8 @@ class KFACPreconditioner(Seen, Controlled):
         return self._estimate.found.layers
 
     def _begin(self) -> None:
+        if self._exchange:
+            self._exchange.seed(self.generator, self._seed, self._steps)
         self._estimate.begin(self._steps % self._period("statistics_period") == 0, self._inverses.keeps_uses)
 
     def _settled(self, gone: Mapping[Layer, str]) -> None:

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfaclinalg import Diagonal, Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
+from kfaclinalg import Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
 from ._batch import Batch
 from ._capture import Capture
 from ._estimators import Sampled, cotangent
 from ._gather import gather
-from ._layer import Layer
 from ._likelihoods import Likelihood, masked
 from ._linear import Linear
 from ._links import chained, cross_moments
@@ -25,6 +24,7 @@ from ._network import Matrices, Network
 from ._once import Once
 from ._squares import mean_squares
 from ._statistics import Held, Statistic
+from ._team import ALONE, Team
 from ._use import Use
 
 
@@ -47,10 +47,11 @@ class NetworkProblem:
         estimator: Any,
         sharing: Mapping[str, str],
         tensor_of: Callable[[Any], Tensor],
+        team: Team = ALONE,
     ) -> None:
         self.network, self.capture, self.likelihood = network, capture, likelihood
         self.batch, self.options, self.tensor_of = batch, options, tensor_of
-        self.estimator, self.sharing = estimator, sharing
+        self.estimator, self.sharing, self.team = estimator, sharing, team
         self._once = Once(network.model)
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
@@ -93,22 +94,12 @@ class NetworkProblem:
 
     def factors(self, weights: Matrices, links: bool) -> Factors:
         """The second moments on S1, with targets from the model's own distribution."""
-        layers, batch, options = self.network.layers, self._subset(self.options.statistics_fraction), self.options
+        layers, keep = self.network.layers, links or self.options.structure_value.observes
         blocks = [block for layer in layers for block in layer.blocks]
-        keep = links or options.structure_value.observes
-        self._statistic = Statistic(blocks, self.sharing, weights[0].dtype, keep)
-        chunked = len(batch) > (options.chunk_size or len(batch))
-        sampled = self._sampled(batch, weights) if chunked and self.estimator == Sampled() else None
-        for _, piece in self._pieces(batch):
-            leaves, outputs, uses = self._shown(piece, weights)
-            likelihood = masked(self.likelihood, piece.mask, outputs)
-            if sampled is None:
-                cotangents = self.estimator.cotangents(likelihood, outputs, len(piece), options.generator)
-            else:
-                cotangents = iter([cotangent(likelihood, outputs, next(sampled))])
-            gather(self._statistic, uses, leaves, outputs, cotangents, self.capture.now)
+        self._statistic = Statistic(blocks, self.sharing, weights[0].dtype, keep, self.team)
+        self._take(self._subset(self.options.statistics_fraction), weights)
         moments = {name: _factors(M) for name, M in self._statistic.moments(1.0).items()}
-        self._moments = [(layer, layer.factors(moments) or _none(layer)) for layer in layers]
+        self._moments = [(layer, layer.factors(moments) or layer.no_factors()) for layer in layers]
         found = tuple(M for _, M in self._moments)
         return Factors(found, cross_moments(self._statistic, chained(layers), 1.0) if links else ())
 
@@ -129,6 +120,20 @@ class NetworkProblem:
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
                 total = total + share / max(piece.counted, 1) * torch.stack(rows)
         return total
+
+    def _take(self, batch: Batch, weights: Matrices) -> None:
+        """Into the statistic with these examples."""
+        chunked = len(batch) > (self.options.chunk_size or len(batch))
+        sampled = self._sampled(batch, weights) if chunked and self.estimator == Sampled() else None
+        for _, piece in self._pieces(batch):
+            leaves, outputs, uses = self._shown(piece, weights)
+            likelihood = masked(self.likelihood, piece.mask, outputs)
+            own = sampled and iter([cotangent(likelihood, outputs, next(sampled))])
+            gather(self._statistic, uses, leaves, outputs, own or self._cotangents(piece, outputs), self.capture.now)
+
+    def _cotangents(self, piece: Batch, outputs: Tensor) -> Iterator[Tensor]:
+        likelihood = masked(self.likelihood, piece.mask, outputs)
+        return self.estimator.cotangents(likelihood, outputs, len(piece), self.options.generator)
 
     def _shown(self, piece: Batch, weights: Matrices) -> tuple[dict[Tensor, Tensor], Tensor, list[Use]]:
         """The parameters as leaves of autograd's graph, the outputs, and what the pass has shown."""
@@ -168,8 +173,10 @@ class NetworkProblem:
         values = self.network.by_name(self.network.parameters(weights))
         with torch.no_grad():
             outputs = torch.cat([self._outputs(piece, values) for _, piece in self._pieces(batch)])
-        targets = self.likelihood.sample(outputs, self.options.generator)
-        return iter(targets.split(self.options.chunk_size or len(batch)))
+        return iter(self._drawn(outputs, batch).split(self.options.chunk_size or len(batch)))
+
+    def _drawn(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.likelihood.sample(outputs, self.options.generator)
 
     def _subset(self, fraction: float) -> Batch:
         return self.batch.subset(fraction, self.options.generator)
@@ -185,11 +192,6 @@ class NetworkProblem:
 def _outer_product(use: Use, g: Tensor) -> OuterProduct:
     block: Any = use.block
     return OuterProduct(g.mT, block.inputs(use.inputs, len(use.inputs))[:, 0].mT)
-
-
-def _none(layer: Layer) -> LayerFactors:
-    """Those of a layer that S1 has not shown: an expert that no row was given to."""
-    return LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in layer.empty_moments()))
 
 
 def _factors(moments: LayerFactors | Held) -> LayerFactors:

@@ -62,15 +62,25 @@ def preconditioner_state(preconditioner: Any) -> dict[str, Any]:
         "generator": p.generator.get_state(),
         "gone": dict(p._gone),
         "periods": dict(p._periods),
+        "seed": p._seed,
     }
     return alone | {"made": made(p.structure, p.estimator, estimate.found.layers)} | packed(state)
 
 
 def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None:
+    """All processes load, or none."""
+    with preconditioner._estimate.team.agreed("the loading of a state"):
+        _load(preconditioner, state_dict)
+    if preconditioner._exchange:
+        preconditioner._exchange.rejoin(preconditioner)
+
+
+def _load(preconditioner: Any, state_dict: dict[str, Any]) -> None:
     p, averages = preconditioner, preconditioner._estimate.averages
-    check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone", "periods"))
+    check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone", "periods", "seed"))
     steps, gone, known = state_dict["steps"], state_dict["gone"], p._estimate.found
     check(isinstance(steps, int) and is_number(steps), f"steps is {steps!r}")
+    check(isinstance(state_dict["seed"], int), f"seed is {state_dict['seed']!r}")
     check_periods(state_dict["periods"])
     check_generator(p.generator, state_dict["generator"])
     check_gone(gone)
@@ -85,6 +95,6 @@ def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None
     p._settled(lost)
     averages.load(means)
     p._inverses.load(inverted)
-    p._steps, p._periods = steps, dict(state_dict["periods"])
+    p._steps, p._periods, p._seed = steps, dict(state_dict["periods"]), state_dict["seed"]
     p.generator.set_state(state_dict["generator"])
     p._begin()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import Diagonal, Exact, LayerFactors
+from kfaclinalg import Diagonal, Exact
 
 from ._alone import nothing
 from ._chain import ChainInverse
@@ -107,7 +107,7 @@ def _averaged(p: Any, exchange: Exchange, sums: Totals, ready: Sequence[Layer]) 
         estimate.averages.take(new, links, p._decay)
         estimate.averages.known |= statistic.shown
         layers = [layer for layer in exchange.layers.values() if _known(p, layer)]
-        shapes = [LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in layer.empty_moments())) for layer in layers]
+        shapes = [layer.no_factors() for layer in layers]
         parts = exchange.grid.all.size, 1 if exchange.grid.replicated else exchange.grid.row.size
         p._count(statistic.work, shapes, spectral=isinstance(p.structure, Exact), parts=parts)
     return new
