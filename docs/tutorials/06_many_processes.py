@@ -89,8 +89,7 @@ print(f"the largest difference in the first 20 steps is {difference:.0e} of the 
 assert difference < 0.01
 
 # %%
-# Rounding is what differs: sums are taken in another order. It grows from step to step, as it does between two machines;
-# in float64 it stays below the picture's lower edge.
+# Rounding is what differs, for sums are taken in another order. It grows from step to step, as between two machines.
 #
 # Next: :doc:`/distributed` has FSDP2 and HSDP, what travels, what happens when a process dies, and checkpoints that any
 # number of processes can load.
