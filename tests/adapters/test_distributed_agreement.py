@@ -99,6 +99,7 @@ def agreement(rank, world):
     found["orders"] = orders(rank, world)
     found["accumulated"] = accumulated(rank, world)
     found["checkpointed"] = checkpointed(rank, world)
+    found["compiled"] = compiled(rank, world)
     found["mixed"] = mixed(rank, world)
     found["subgroup"] = subgroup(rank)
     found["tensor parallel"] = tensor_parallel(world)
@@ -185,6 +186,19 @@ def accumulated(rank, world):
                 loss_of(outputs, targets, world).backward()
             preconditioner.step()
             found[f"{wrapper} {parts}"] = whole(model[3].weight.grad).clone()
+    return found
+
+
+def compiled(rank, world):
+    """torch.compile around the model that is trained in parallel."""
+    found = {}
+    for wrapper in ("ddp", "fsdp"):
+        model = model_of()
+        called = torch.compile(wrapped(model, wrapper, world), backend="eager")
+        preconditioner = made(called, placement="owner")
+        passed(called, preconditioner, rank)
+        preconditioner.step()
+        found[wrapper] = whole(model[3].weight.grad).clone()
     return found
 
 
@@ -304,6 +318,12 @@ def test_accumulated_gradients_are_those_of_one_pass(processes):
 def test_activation_checkpoints_change_nothing(processes):
     for found in (process["checkpointed"] for process in processes):
         torch.testing.assert_close(found["checkpointed"], found["plain"], rtol=1e-9, atol=1e-9)
+
+
+def test_compiled_models_are_the_same(processes):
+    for found in processes:
+        for gradient in found["compiled"].values():
+            torch.testing.assert_close(gradient, found["accumulated"]["ddp 1"], rtol=1e-9, atol=1e-9)
 
 
 def test_mixed_precision_of_fully_shard(processes):

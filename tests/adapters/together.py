@@ -39,7 +39,7 @@ def one(rank, world, work, folder, *args):
     """In a process of its own: what `work` gives is stored under its rank."""
     torch.set_num_threads(1)
     where = {"init_method": f"file://{folder}/rendezvous", "rank": rank, "world_size": world}
-    distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=20))
+    distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=120))
     try:
         torch.save(work(rank, world, *args), f"{folder}/{rank}")
     finally:
