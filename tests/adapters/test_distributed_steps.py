@@ -4,7 +4,7 @@ import pytest
 import torch
 from together import SPLITS, STRUCTURES, alone, model_of, spawned, trained, wrapped
 
-WORLDS = (2, 3, 4)
+WORLDS = (3, 4)
 LIMITS = {"no limit": {}, "length": {"length": 1e-3}, "clip": {"kl_clip": 1e-3}}
 
 
