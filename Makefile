@@ -22,7 +22,7 @@ FIGURES := fisher_blocks improvement_against_gamma progress_against_batch traini
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
 FIGURES += jax_autoencoder jax_variational_monte_carlo distributed_autoencoder
 
-.PHONY: help demo race figures $(FIGURES) test oldest newest interop gpu gpu-dry lint docs site gallery dist bench performance plots clean
+.PHONY: help demo race figures $(FIGURES) test oldest newest jax interop gpu gpu-dry lint docs site gallery dist bench performance plots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
 	@echo "make interop  the curvature beside curvlinops, laplace-torch and kronfluence, with GPyTorch's solvers"
+	@echo "make jax      what finds a network's layers on JAX 0.9 and, where Python 3.12 is on the PATH, 0.12"
 	@echo "make lint     ruff and mypy"
 	@echo "make gpu      the library on this machine's GPU, a report in build/gpu  (ARGS=speed for one part)"
 	@echo "make gpu-dry  the same in small on a CPU: that it runs"
@@ -79,6 +80,22 @@ newest: $(VENV)-newest/.made
 	    $(VENV)-newest/bin/python -m pip install --quiet -c constraints.txt -e '.[jax]' pytest sybil; \
 	    $(VENV)-newest/bin/python -m pytest -q --doctest-modules kfaclinalg adapters/kfaclinalg_mlp $(ARGS); \
 	else echo "no python3.13 on the PATH"; fi
+
+# The layers of a network in JAX are found in its programs, whose form changes from one version to the next.
+jax: $(VENV)-jax/.made $(VENV)-jax312/.made
+	@for python in $(wildcard $(VENV)-jax/bin/python $(VENV)-jax312/bin/python); do set -ex; \
+	    version=$$($$python -c 'import sys; print("0.9.*" if sys.version_info < (3, 12) else "0.12.*")'); \
+	    $$python -m pip install --quiet -e '.[optax]' "jax==$$version" pytest; \
+	    $$python -m pytest -q --noconftest tests/adapters/test_jax_network.py $(ARGS); \
+	done
+
+$(VENV)-jax/.made: | $(VENV)/.made
+	$(PYTHON) -m venv --clear $(VENV)-jax
+	@touch $@
+
+$(VENV)-jax312/.made:
+	@mkdir -p $(VENV)-jax312
+	if python3.12 --version 2> /dev/null; then python3.12 -m venv --clear $(VENV)-jax312; touch $@; fi
 
 $(VENV)-oldest/.made: | $(VENV)/.made
 	$(PYTHON) -m venv --clear $(VENV)-oldest
@@ -151,7 +168,7 @@ plots: $(VENV)/.bench
 	$(PYTHON) asv_benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-interop build dist asv_benchmarks/env asv_benchmarks/html
+	rm -rf $(VENV) $(VENV)-* $(VENV)-interop build dist asv_benchmarks/env asv_benchmarks/html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+jax.config.update("jax_enable_x64", True)
 N = 4
 
 

@@ -1,17 +1,13 @@
-"""The layers of a function, and their factors, against gradients of single examples and the other adapter's."""
+"""The layers of a function, and their factors, against gradients of single examples. Nothing here needs torch."""
 
-import backends  # noqa: F401 - JAX in float64
 import jax
 import jax.numpy as jnp
 import jax_models
 import numpy as np
 import pytest
-import torch
 from jax import lax
-from jax_torch import Images, Texts, as_params, images, texts
 
 from kfaclinalg_jax import Network, Sampled, layer
-from kfaclinalg_torch import KFACPreconditioner
 
 KEY = jax.random.key(2)
 
@@ -94,28 +90,6 @@ def test_the_fallback_is_the_diagonal_of_the_fisher_matrix():
     moments = net.value_grad_and_statistics(params, x, jnp.zeros((4, 3)), key=KEY)[2].moments
     J = jax.vmap(lambda x: jax.jacobian(lambda z: f({"z": z, "V": params["V"]}, x))(params["z"]))(x)
     np.testing.assert_allclose(moments["z"].G.d, jnp.square(J).sum((0, 1)) / 4, rtol=0.1)
-
-
-@pytest.mark.usefixtures("double")
-@pytest.mark.parametrize(("kind", "f", "x"), [(Images, images, torch.randn(6, 2, 6, 5).double()),
-                                              (Texts, texts, torch.randint(7, (6, 3)))])  # fmt: skip
-def test_the_factors_are_those_of_the_other_adapter(kind, f, x):
-    model = kind()
-    preconditioner = KFACPreconditioner(model, likelihood="categorical", estimator="exact")
-    outputs = model(x)
-    preconditioner.update(outputs)
-    outputs.square().sum().backward()
-    preconditioner.step()
-    params = as_params(model)
-    x = jnp.asarray(x.numpy())
-    net = Network(f, "categorical", example=(params, x), estimator="exact")
-    assert not net.skipped
-    y = jnp.zeros(outputs.shape[:-1], int)
-    moments = jax.jit(net.value_grad_and_statistics)(params, x, y, key=KEY)[2].moments
-    for name, factors in preconditioner.layers.items():
-        for pair in zip(moments[f"{name}.weight"], factors, strict=True):
-            ours, theirs = (np.asarray(M.d if hasattr(M, "d") else M) for M in pair)
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_half_precision_is_widened():
