@@ -60,8 +60,9 @@ figures: $(FIGURES)
 $(FIGURES): $(VENV)/.figures
 	$(PYTHON) docs/examples/$@.py $(ARGS)
 
+# The snippets of a page share their names, and the tests of a file the processes that they start: a worker takes all.
 test: lint
-	$(PYTHON) -m pytest -n auto $(ARGS)
+	$(PYTHON) -m pytest -n auto --dist loadfile $(ARGS)
 
 # The algebra alone, and no compilation: the rest is the same wherever this passes. For Python 3.13 the only wheels of
 # torch are those with CUDA.
@@ -168,7 +169,7 @@ plots: $(VENV)/.bench
 	$(PYTHON) asv_benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-* $(VENV)-interop build dist asv_benchmarks/env asv_benchmarks/html
+	rm -rf $(VENV) $(VENV)-* build dist asv_benchmarks/env asv_benchmarks/html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kfaclinalg adapters tests docs asv_benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

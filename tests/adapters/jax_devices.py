@@ -1,19 +1,15 @@
 """The steps of one device on several: run as a program, since the number of host devices is fixed at the start."""
 
-import os
 import sys
 
-devices, os.environ["XLA_FLAGS"] = int(sys.argv[1]), f"--xla_force_host_platform_device_count={sys.argv[1]}"
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
+from kfaclinalg_jax import Network, precondition
 
-from kfaclinalg_jax import Network, precondition  # noqa: E402
-
-jax.config.update("jax_enable_x64", True)
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
@@ -60,23 +56,28 @@ def on(mesh):
     return lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
 
 
-structure = sys.argv[2]
-auto, explicit = (
-    jax.make_mesh((devices,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)
-)
-mapped = maker(structure=structure, part=devices, axis_name="data")
-specs = {"in_specs": (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), "out_specs": WHOLE}
-expected = run(maker(structure=structure), lambda tree, spec: tree)
-found = {"shard_map": run(mapped, lambda tree, spec: tree, lambda step: jax.shard_map(step, mesh=auto, **specs))}
-if structure == "block-diagonal":
-    found["jit"] = run(maker(), on(auto))
-    found["inverses divided"] = run(maker(inverse_sharding=NamedSharding(auto, SPLIT)), on(auto))
-    with jax.set_mesh(explicit):
-        found["explicit"] = run(maker(), on(explicit))
-for name, came in found.items():
-    jax.tree.map(
-        lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13, err_msg=name),
-        came,
-        expected,
+def main(devices, structure):
+    auto, explicit = (
+        jax.make_mesh((devices,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)
     )
-    print(devices, structure, name)
+    mapped = maker(structure=structure, part=devices, axis_name="data")
+    specs = {"in_specs": (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), "out_specs": WHOLE}
+    expected = run(maker(structure=structure), lambda tree, spec: tree)
+    found = {"shard_map": run(mapped, lambda tree, spec: tree, lambda step: jax.shard_map(step, mesh=auto, **specs))}
+    if structure == "block-diagonal":
+        found["jit"] = run(maker(), on(auto))
+        found["inverses divided"] = run(maker(inverse_sharding=NamedSharding(auto, SPLIT)), on(auto))
+        with jax.set_mesh(explicit):
+            found["explicit"] = run(maker(), on(explicit))
+    for name, came in found.items():
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13, err_msg=name),
+            came,
+            expected,
+        )
+        print(devices, structure, name)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    main(len(jax.devices()), sys.argv[1])

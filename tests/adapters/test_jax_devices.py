@@ -1,5 +1,6 @@
 """On several devices the steps are those of one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 
 @pytest.mark.parametrize(("devices", "structure"), [(2, "eigen"), (4, "block-diagonal")])
 def test_the_steps_on_several_devices_are_those_of_one(devices, structure):
-    command = [sys.executable, str(Path(__file__).with_name("jax_devices.py")), str(devices), structure]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(Path(__file__).with_name("jax_devices.py")), structure]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ways = ["shard_map"] if structure == "eigen" else ["shard_map", "jit", "inverses divided", "explicit"]
     assert done.stdout.splitlines() == [f"{devices} {structure} {way}" for way in ways]
