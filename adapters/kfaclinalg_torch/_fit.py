@@ -40,7 +40,7 @@ def fit_curvature(
     the eigenvectors (EKFAC, George et al. 2018), of which nothing is kept but their sum. With the exact and the
     empirical estimator the result does not depend on the size or the order of the batches, but for rounding. What no
     rule knows is seen one example at a time. Under `torch.distributed` each process brings its share of the data, and
-    all get the same; "block-tridiagonal" is refused there.
+    all get the same; an error of one is everyone's, and "block-tridiagonal" is refused there.
 
     Args:
         model, likelihood, structure, estimator: as of `KFACPreconditioner`; the empirical Fisher is of the targets of
@@ -91,17 +91,18 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
     """A and G of each layer, and of how many examples they are the means."""
     probe = True
     together, alone = _statistics(passes)
-    for piece in passes.pieces(loader):
-        if probe:  # what a first pass shows to be no layer
-            passes.settle(piece)
-            (together, alone), probe = _statistics(passes), False
-        if together.all:
-            passes.take(together, piece)
-        for _, single in piece.chunks(1 if alone.all else len(piece)):
-            if alone.all:  # the square of the gradient of one example is seen where it is alone
-                passes.take(alone, single)
-        for statistic in (together, alone):
-            statistic.settle(device)
+    with passes.team.agreed("A and G"):
+        for piece in passes.pieces(loader):
+            if probe:  # what a first pass shows to be no layer
+                passes.settle(piece)
+                (together, alone), probe = _statistics(passes), False
+            if together.all:
+                passes.take(together, piece)
+            for _, single in piece.chunks(1 if alone.all else len(piece)):
+                if alone.all:  # the square of the gradient of one example is seen where it is alone
+                    passes.take(alone, single)
+            for statistic in (together, alone):
+                statistic.settle(device)
     found: dict[str, Any] = {}
     for statistic in (together, alone):
         found |= statistic.moments(1.0) if statistic.all else {}
@@ -123,14 +124,15 @@ def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) 
     """The eigenvalues of each layer that shows its examples become the mean squares along its eigenvectors."""
     dense = {layer: F for layer, F in zip(passes.layers, spectra, strict=True) if layer.dense is not None}
     sums, N = {layer: F.eigenvalues.new_zeros(F.eigenvalues.shape) for layer, F in dense.items()}, 0  # type: ignore[attr-defined]
-    for piece in passes.pieces(loader):
-        kept = _kept(passes, dense)
-        passes.take(kept, piece)
-        N += kept.examples
-        for layer, F in dense.items():
-            squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
-            if squares is not None:
-                sums[layer] += squares.to(sums[layer].device)
+    with passes.team.agreed("the eigenvalues"):
+        for piece in passes.pieces(loader):
+            kept = _kept(passes, dense)
+            passes.take(kept, piece)
+            N += kept.examples
+            for layer, F in dense.items():
+                squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
+                if squares is not None:
+                    sums[layer] += squares.to(sums[layer].device)
     summed, (N,) = passes.team.sums(list(sums.values()), [N])
     means = dict(zip(sums, (S / N for S in summed), strict=True))
     pairs = zip(passes.layers, spectra, strict=True)

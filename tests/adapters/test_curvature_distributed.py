@@ -5,6 +5,8 @@ import torch
 from curvature_cases import MODELS, Case, N
 from torch import distributed
 
+from kfaclinalg_torch import fit_curvature
+
 pytestmark = pytest.mark.filterwarnings("ignore:fit_curvature takes the diagonal")
 WORLD, SHARES = 2, (13, 7)  # examples of each process, in batches of 5: three of them and two, the last ones smaller
 FITS = [
@@ -33,6 +35,11 @@ def one_process(rank, world, folder):
             fitted("mlp", "block-tridiagonal", "exact", rank)
         except ValueError as error:
             found["refused"] = str(error)
+        case = Case("mlp")
+        try:
+            fit_curvature(case.model, "categorical", [] if rank == 1 else case.loader(), progress=False)
+        except (RuntimeError, ValueError) as error:
+            found["empty"] = str(error)
         torch.save(found, f"{folder}/{rank}")
     finally:
         distributed.destroy_process_group()
@@ -57,3 +64,8 @@ def test_two_processes_give_what_one_gives_on_all_of_the_data(processes, fit):
 
 def test_a_chain_in_several_processes_is_refused(processes):
     assert all("takes all of the data in one process" in process["refused"] for process in processes)
+
+
+def test_an_error_of_one_process_is_everyones(processes):
+    assert "process 1 of 2 failed at A and G" in processes[0]["empty"]
+    assert "loader is empty" in processes[1]["empty"]
