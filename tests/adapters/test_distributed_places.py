@@ -2,34 +2,15 @@
 
 import pytest
 
+from _cost_model import NETWORKS, dense
 from kfaclinalg_torch._places import critical_path, memory_of, places_of, slots_of, work_of
 
-
-def dense(n, m, batch=1):
-    return [((n, False), (m, False), batch)]
-
-
-GPT2 = [dense(*shape) for _ in range(12) for shape in ((769, 2304), (769, 768), (769, 3072), (3073, 768))]
-
-
-def resnet50():
-    """(k² inputs, outputs) of the convolutions, without biases, and the classifier."""
-    shapes, width = [(3 * 49, 64)], 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        inner = 64 * 2**stage
-        for block in range(blocks):
-            shapes += [(width, inner), (9 * inner, inner), (inner, 4 * inner)]
-            shapes += [(width, 4 * inner)] if block == 0 else []
-            width = 4 * inner
-    return [dense(*shape) for shape in [*shapes, (2049, 1000)]]
-
-
-NETWORKS = {"gpt2": GPT2, "resnet50": resnet50()}
+GPT2 = NETWORKS["GPT-2 small"]
 
 
 def test_the_networks_are_those_of_that_name():
-    assert (len(GPT2), len(NETWORKS["resnet50"])) == (48, 54)
-    assert sum(n * m for item in NETWORKS["resnet50"] for (n, _), (m, _), _ in item) == 25_503_912  # with fc's bias
+    assert (len(GPT2), len(NETWORKS["ResNet-50"])) == (48, 54)
+    assert sum(n * m for item in NETWORKS["ResNet-50"] for (n, _), (m, _), _ in item) == 25_503_912  # with fc's bias
 
 
 @pytest.mark.parametrize("period", [1, 10, 100])
