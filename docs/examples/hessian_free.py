@@ -32,7 +32,7 @@ from mnist_autoencoder import autoencoder
 
 SIZES = (64, 100, 50, 25, 6, 25, 50, 100, 64)
 NONE, DIAGONAL, BLOCKS, NEIGHBOURS = "none", "diagonal", "F̆, block-diagonal", "F̂, block-tridiagonal"
-COLOUR = dict(zip((NONE, DIAGONAL, BLOCKS, NEIGHBOURS), (FAINT, *COLOURS.values()), strict=True))
+COLOUR = dict(zip((NONE, DIAGONAL, BLOCKS, NEIGHBOURS), (FAINT, *COLOURS.values()), strict=False))
 RESIDUAL = 1e-4  # where conjugate gradients stop
 RESIDUALS, SHARES = (0.1, 0.01, RESIDUAL), (0.5, 0.9, 0.99)  # of the table
 LAMBDA = 1e-2  # of the left panel

@@ -127,7 +127,7 @@ def draw(curves: dict[tuple[str, str], np.ndarray], gammas: np.ndarray, at: Chec
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     top = max(np.nanmax(curve) for curve in curves.values())
     for panel, structure in zip(panels, STRUCTURES, strict=True):
-        for update, colour in zip(UPDATES, COLOURS.values(), strict=True):
+        for update, colour in zip(UPDATES, COLOURS.values(), strict=False):
             curve = curves[structure, update]
             best = np.nanargmax(curve)
             panel.plot(gammas, curve, color=colour, label=update)

@@ -130,7 +130,7 @@ def draw(figure: Figure, case: Flipped, scores: dict[float, Tensor]) -> None:
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     left, right = upper.subplots(1, 2)
     share = np.arange(1, len(case.x) + 1) / len(case.x)
-    for (name, rank), colour in zip(case.ranks.items(), COLOURS.values(), strict=True):
+    for (name, rank), colour in zip(case.ranks.items(), COLOURS.values(), strict=False):
         left.plot(share[20:], precision(rank, case.wrong)[20:], color=colour, label=name)
     left.axhline(FLIPPED, color=FAINT, linewidth=1, linestyle=":", label="chance")
     left.set(xlim=(0, 0.4), ylim=(0, 1.02), title="Wrong labels among those ranked first", xlabel="share ranked")

@@ -156,7 +156,7 @@ def draw(curves: dict[tuple[str, str], np.ndarray], found: list[Start], sizes: S
     for panel, start in zip(panels, found, strict=True):
         shown = [curves[start.name, name] for name in METHODS]
         top = max(values.max() for values in shown)
-        for name, values, colour in zip(METHODS, shown, COLOURS.values(), strict=True):
+        for name, values, colour in zip(METHODS, shown, COLOURS.values(), strict=False):
             panel.plot(sizes, values, "o-", color=colour, markersize=4, label=name)
         panel.axhline(0, color=FAINT, linewidth=0.8)
         panel.set(xscale="log", ylim=(-0.5 * top if min(map(min, shown)) < 0 else 0, 1.1 * top), xlabel="mini-batch m")

@@ -35,7 +35,7 @@ SIZES = (196, 100, 50, 10)
 DAMPING = 1e-3  # of the mean eigenvalue of a layer
 KEPT = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02)
 MAGNITUDE, DAMAGE, SURGEON, MOVED = "magnitude", "curvature", "inverse curvature", "inverse curvature, the others moved"
-COLOUR = dict(zip((MAGNITUDE, DAMAGE, SURGEON, MOVED), (*COLOURS.values(), "#CC79A7"), strict=True))
+COLOUR = dict(zip((MAGNITUDE, DAMAGE, SURGEON, MOVED), COLOURS.values(), strict=False))
 Matrices = tuple[Tensor, ...]  # one a layer
 
 
