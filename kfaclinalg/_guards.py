@@ -20,8 +20,9 @@ REASONS = (
     "the statistics are not finite",
     "the update is not finite",
     "the loss after the step is not finite",
+    "the step raises the loss",
 )
-NO_UPDATE, NO_LOSS_AFTER = 3, 4
+NO_UPDATE, NO_LOSS_AFTER, NO_GAIN = 3, 4, 5
 RISE = 1e2  # up to how many times the λ of the last step that was taken refused ones may raise it
 NOISE = 16  # how many eps of what it changes a change must exceed
 
@@ -31,10 +32,10 @@ def are_finite(statistics: Factors) -> Array:
     return _backends.all_finite(list(leaves(statistics)))
 
 
-def fault(*finite: Any) -> Scalars:
-    """Why the step cannot be taken, a place in REASONS, of whether what they name is finite."""
+def fault(*sound: Any) -> Scalars:
+    """Why the step cannot be taken, a place in REASONS, of whether each does not hold; the first that does."""
     why: Scalars = 0.0
-    for i, holds in reversed(list(enumerate(finite, 1))):
+    for i, holds in reversed(list(enumerate(sound, 1))):
         why = where(holds, why, float(i))
     return why
 
@@ -42,7 +43,7 @@ def fault(*finite: Any) -> Scalars:
 def raised(damping: Scalars, omega1: float, ceiling: Scalars, why: Scalars) -> Scalars:
     """λ / ω1, up to the ceiling: what the batch is at fault for no λ cures. The loss after a step it does."""
     more = damping / omega1
-    return where(why == NO_LOSS_AFTER, more, at_least(damping, at_most(ceiling, more)))
+    return where(why >= NO_LOSS_AFTER, more, at_least(damping, at_most(ceiling, more)))
 
 
 def strengths(factors: Factors) -> tuple[Array, Array]:
@@ -55,6 +56,11 @@ def strengths(factors: Factors) -> tuple[Array, Array]:
 def is_noise(change: Scalars, square: Scalars, loss: Scalars, of_weights: Scalars, eps: float) -> Any:
     """Whether M(δ) - M(0) is below the rounding of the loss, or ‖δ‖² below that of the weights' own."""
     return (abs(change) <= NOISE * eps * abs(loss)) | (abs(square) <= (NOISE * eps) ** 2 * of_weights)
+
+
+def is_bearable(rise: Scalars, loss: Scalars) -> Any:
+    """Whether h(θ + δ) - h(θ) is at most |h(θ)|: a lesser rise is left to λ, as in the paper."""
+    return rise <= abs(loss)
 
 
 def at_least(low: Scalars, x: Scalars) -> Scalars:

@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     change: Scalars  # M(δ) - M(0)
     square: Scalars  # ‖δ‖²
     of_weights: Scalars  # ‖W‖²
-    after: Scalars  # the loss after it, where λ is adapted
+    after: Scalars  # the loss after it
 
 
 Before: TypeAlias = tuple[Matrices, KFACState]
@@ -49,11 +49,13 @@ def verdict(
     (weights, state), b, is_finite = old, _backends.backend_of(old[0][0]), _backends.is_finite
     state = state._replace(**{name: _backends.beside(b, getattr(state, name)) for name in NUMBERS})
     update_is = is_finite(m.change) & is_finite(m.square)
-    why = _guards.fault(is_finite(m.loss), m.finite, update_is, is_finite(m.after))
+    noise = _guards.is_noise(m.change, m.square, m.loss, m.of_weights, b.eps)
+    bearable = noise | _guards.is_bearable(m.after - m.loss, m.loss)
+    why = _guards.fault(is_finite(m.loss), m.finite, update_is, is_finite(m.after), bearable)
     ratio, damping, tau2 = _backends.NAN, state.damping, state.curvature_fraction
     if due.adapt:
         ratio = reduction_ratio(m.loss, m.after, m.change)
-        damping, tau2 = _adapted(m, ratio, state, options, b.eps)
+        damping, tau2 = _adapted(ratio, noise, state, options)
 
     def taken() -> Before:
         numbers = {"damping": damping, "gamma": m.gamma, "curvature_fraction": tau2}
@@ -69,26 +71,27 @@ def verdict(
     return *_value.chosen(why == 0, taken, refused), info
 
 
-def _adapted(
-    m: Measured, ratio: Scalars, state: KFACState, options: KFACOptions, eps: float
-) -> tuple[Scalars, Scalars]:
+def _adapted(ratio: Scalars, noise: Any, state: KFACState, options: KFACOptions) -> tuple[Scalars, Scalars]:
     """λ and τ2. Where ρ is rounding λ goes back to where it was raised from."""
-    noise = _guards.is_noise(m.change, m.square, m.loss, m.of_weights, eps)
     lowered = at_least(options.omega1 * state.damping, at_most(options.damping, state.damping))
     damping = where(noise, lowered, levenberg_marquardt(state.damping, ratio, omega=options.omega1))
-    tau2 = state.curvature_fraction
-    tau2 = where(noise | (ratio >= MISLED), tau2, at_most(1.0, 2 * tau2))
+    tau2 = where(noise | (ratio >= MISLED), state.curvature_fraction, _more_examples(state))
     return at_least(options.weight_decay, damping), tau2  # λ >= η is a guard
+
+
+def _more_examples(state: KFACState) -> Scalars:
+    return at_most(1.0, 2 * state.curvature_fraction)
 
 
 def _more_damped(
     state: KFACState, options: KFACOptions, why: Scalars, refreshed: bool, statistics: Factors
 ) -> KFACState:
-    """The state with a larger λ, and a larger γ where a new inverse may be at fault."""
+    """The state with a larger λ, a larger γ where a new inverse may be at fault, a larger τ2 where the model was."""
     damping, gamma = _guards.raised(state.damping, options.omega1, state.ceiling, why), state.gamma
     least, largest = _guards.strengths(statistics)
     higher = at_least(gamma, at_most(largest**0.5, gamma / options.omega2)) if refreshed else gamma
     higher = where(gamma == 0, least**0.5, higher)  # 0 does not rise
     of_update = why == _guards.NO_UPDATE
-    damping = where((damping == 0) & of_update, least, damping)
-    return state._replace(damping=damping, gamma=where(of_update, higher, gamma))
+    damping = where((damping == 0) & (why >= _guards.NO_UPDATE), least, damping)
+    tau2 = where(why == _guards.NO_GAIN, _more_examples(state), state.curvature_fraction)
+    return state._replace(damping=damping, gamma=where(of_update, higher, gamma), curvature_fraction=tau2)

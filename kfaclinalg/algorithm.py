@@ -48,8 +48,9 @@ def kfac_step(
 ) -> tuple[Matrices, KFACState, StepInfo]:
     """One iteration of Algorithm 2: the new weights, the state for the next step, and what happened.
 
-    Section 8 counts its flops. Guards beyond the paper: a step that is not finite is refused, `info.refused` says why,
-    λ rises and all else stays; where a small S2 misleads `state.curvature_fraction` grows for the adapter to follow.
+    Section 8 counts its flops, here h(θ + δ) in each step. Guards beyond the paper: a step that is not finite, or more
+    than doubles h, is refused, `info.refused` says why, λ rises and all else stays; where a small S2 misleads
+    `state.curvature_fraction` grows for the adapter to follow.
 
     Args:
         problem: the mini-batch.
@@ -141,7 +142,7 @@ def _iteration(
     step, update = best_step(F, dense, state.damping + eta, candidates, last)
     moved = tuple(W + delta for W, delta in zip(weights, update, strict=True))
     loss, of_weights = _with_decay(weights, h, eta)
-    after = _with_decay(moved, problem.loss(moved), eta)[0] if due.adapt else 0.0
+    after = _with_decay(moved, problem.loss(moved), eta)[0]
     found = step.candidate.gamma, *step.coefficients, step.change, step.square
     measured = Measured(*read(loss, _guards.are_finite(statistics), *found, of_weights, after))
     kept = update if options.momentum == "quadratic-model" else None

@@ -71,7 +71,7 @@ class StepInfo(NamedTuple):
     alpha: Scalars
     mu: Scalars
     change: Scalars  # M(δ) - M(0)
-    ratio: Scalars  # ρ; NaN where it was not computed
+    ratio: Scalars  # ρ; NaN where λ is not adapted to it
     update_norm: Scalars
     refreshed: Any
     refused: Any  # why the step was not taken, or ""; of a compiled iteration the number of the reason, or 0

@@ -294,6 +294,28 @@ def test_a_step_that_is_not_finite_is_refused(b, part, value):
     assert (info.alpha, info.mu, info.change, info.update_norm, info.refreshed) == (0, 0, 0, 0, False)
 
 
+@pytest.mark.parametrize("b", [NUMPY, TORCH_FLOAT32, STRICT[0]], ids=str)
+@pytest.mark.parametrize("period", [1, 4])
+def test_a_step_that_doubles_the_loss_is_refused_in_every_iteration(b, period):
+    misled, options = MisledRegression(b), EXACT._replace(damping=0.01, damping_period=period)
+    weights, state, infos = run(misled, options, 6)
+    assert [info.refused for info in infos] == ["the step raises the loss"] * 6
+    assert weights[0] is misled.start[0]
+    assert (state.iteration, state.factors, state.update) == (0, None, None)
+    assert state.curvature_fraction == 1
+    assert state.damping == pytest.approx(0.01 / 0.95 ** (6 * period))
+    weights, state, infos = run(misled, options, 400)  # until λ makes up for the curvature that S2 has not seen
+    assert any(info.refused == "" for info in infos)
+    assert misled.loss(weights) < misled.loss(misled.start)
+
+
+def test_a_damping_of_zero_rises_where_the_loss_does():
+    *_, infos = run(MisledRegression(NUMPY), EXACT._replace(damping=0, weight_decay=0), 400)
+    assert infos[0].damping == 0
+    assert infos[0].refused == "the step raises the loss"
+    assert any(not info.refused for info in infos)
+
+
 def test_a_refused_first_step_leaves_a_state_to_start_from():
     bad, good = Broken(NUMPY, "loss"), LinearRegression(NUMPY)
     weights, state, info = kfac_step(bad, good.start, None, KFACOptions())

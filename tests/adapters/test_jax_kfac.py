@@ -147,13 +147,13 @@ def test_a_batch_that_is_not_finite_is_refused_in_the_program():
 
 @pytest.mark.parametrize(("fraction", "forward"), [(1.0, 1), (0.5, 3)])
 def test_a_step_has_the_matrix_products_of_the_algebra(fraction, forward):
-    """S1 and S2 have forward passes of their own only where they are not the whole batch."""
+    """S1 and S2 have forward passes of their own only where they are not the whole batch; h(θ + δ) has one."""
     kfac = made(statistics_fraction=fraction, curvature_fraction=fraction)
     held, x, layers = params(), jnp.asarray(X), len(SIZES) - 1
     step = partial(kfac._compiled.lower, held, kfac.init(held).kfac, (x, x, KEY), fraction=fraction)
     backward, sampled, moments, inverse = 2 * layers - 1, layers - 1, 2 * layers, 2 * layers
     tangents = 2 * (2 * layers - 1)  # of Δ and δ0
-    expected = forward * layers + backward + sampled + moments + inverse + tangents
+    expected = (forward + 1) * layers + backward + sampled + moments + inverse + tangents
     text = step(schedule=Schedule(False, False, False)).compile().as_text()
     products = re.findall(r"f64\[(\d+),(\d+)\]\S* dot\(", text)
     assert sum(min(map(int, shape)) > 2 for shape in products) == expected  # but for those of (α, μ)
