@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from kfaclinalg import KroneckerEigen
 
 from ._checkpoint import KIND
-from ._grid import Duties, Grid, grid_of
+from ._grid import Duties, Grid, grid_of, subgroup
 from ._inverses import Inverses
 from ._layer import Layer
-from ._payload import closed, filled, forms, opened, template
+from ._payload import closed, delivered, opened, template
 from ._shards import Sharded, Whole
 from ._team import Team, group_of
 from ._wire import sent
 
+WHAT = "the inverses"
 MIXED = 0x9E3779B97F4A7C15  # odd, with bits everywhere
 
 
@@ -47,10 +48,10 @@ class Exchange:
         drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
         return self.grid.all.told(int(drawn), "a seed")[0]
 
-    def seed(self, generator: torch.Generator, number: int, step: int) -> None:
+    def begin(self, p: Any) -> None:
         """The random numbers of a step follow from the common seed, the step and the process: that is their state."""
         team = self.grid.all
-        generator.manual_seed((number + MIXED * (step * team.size + team.rank)) % 2**63)
+        p.generator.manual_seed((p._seed + MIXED * (p._steps * team.size + team.rank)) % 2**63)
 
     @property
     def owners(self) -> dict[str, int]:
@@ -67,44 +68,50 @@ class Exchange:
     def holds(self, name: str) -> bool:
         return self.holder(name) in (None, self.grid.row.rank)
 
-    def checked(self, inverses: Inverses, names: Sequence[str]) -> dict[str, Any]:
-        """The templates of these inverses of this process; those of before must stay as they are."""
-        found = {name: template(closed(*_of(inverses, name)), []) for name in names}
-        for name, value in found.items():
-            if self.templates.get(name, value) != value:
-                raise RuntimeError(f"the inverse of {name!r} has become {value}, it was {self.templates[name]}")
-        return found
+    def renewed(self, inverses: Inverses, due: Sequence[str], renew: Callable[[list[str]], None]) -> None:
+        """Each of the inverses that are `due` made anew by its owner, and with all who hold it.
 
-    def share(self, inverses: Inverses, due: Sequence[str], made: dict[str, Any]) -> None:
-        """Let those have the inverses who hold them; `made` are this process's own of those that were `due`."""
-        told = self.grid.all.largest([name in made for name in due], "which inverses there are")
-        names = [name for name, is_made in zip(due, told, strict=True) if is_made]
-        if not all(name in self.templates for name in names):
-            for templates in self.grid.all.told(made, "what the inverses are made of"):
-                self.templates |= templates
-        column = self.grid.column
-        if column.size > 1:
-            held = [name for name in names if self.holds(name)]
-            owners = [self._in_column(name) for name in held]
-            for name, value in zip(held, self._sent(column, inverses, held, owners), strict=True):
-                kept, inverses.inverses[name] = value
-                if inverses.structure.observes:
-                    inverses.fitted[name] = kept
+        Where all know what they are made of, those that were made travel while the next ones are; what an owner could
+        not make it sends as it was.
+        """
+        column, mine = self.grid.column, [name for name in due if self.owns(name)]
+        known = all(name in self.templates for name in due)
+        if known and column.size > 1:
+            held = [name for name in self.duties.order if name in due and self.holds(name)]
+            with self.grid.all.agreed(WHAT):
+                values = self._sent(column, inverses, held, renew)
+        else:
+            with self.grid.all.agreed(WHAT):
+                renew(mine)
+                made = {name: self._template(inverses, name) for name in mine if not inverses.failures[name]}
+            if known:  # and nobody else holds them
+                return
+            told = self.grid.all.largest([name in made for name in due], "which inverses there are")
+            names = [name for name, is_made in zip(due, told, strict=True) if is_made]
+            if not all(name in self.templates for name in names):
+                for templates in self.grid.all.told(made, "what the inverses are made of"):
+                    self.templates |= templates
+            held = [name for name in names if self.holds(name)] if column.size > 1 else []
+            values = self._sent(column, inverses, held)
+        for name, (kept, inverse) in zip(held, values, strict=True):
+            inverses.inverses[name] = inverse
+            if inverses.structure.observes:
+                inverses.fitted[name] = kept
 
     def lent(self, inverses: Inverses, name: str) -> Any:
         """What an inverse is made of, for a moment in every process."""
         if name in inverses.fitted and self.grid.replicated:
             return inverses.fitted[name]
-        ((kept, _),) = self._sent(self.grid.all, inverses, [name], [self.duties.owner[name]])
+        ((kept, _),) = self._sent(self.grid.all, inverses, [name])
         return kept
 
     def told(self, name: str, squares: Tensor | None) -> Tensor | None:
         """What the owner alone can make, with all who hold the inverse."""
         if self.grid.replicated or self.grid.column.size == 1 or not self.holds(name):
             return squares
-        form = self.templates[name]["kept"]["eigenvalues"]
-        with self.grid.column.waiting("squares of gradients"):
-            ((_, told),) = sent(self.grid.column, [self._in_column(name)], [form], [squares], self.dtype)
+        column, form, what = self.grid.column, self.templates[name]["kept"]["eigenvalues"], "the squares of gradients"
+        own: list[Any] = [squares]
+        ((_, told),) = sent(column, [self._rank_in(column, name)], [form], lambda _: own, self.dtype, what)
         return told
 
     def rejoin(self, p: Any) -> None:
@@ -124,31 +131,29 @@ class Exchange:
         kept = self.templates[name]["kept"]
         return isinstance(kept, dict) and kept.get(KIND) == KroneckerEigen.__name__
 
-    def _in_column(self, name: str) -> int:
-        """The place of the owner among those who hold the same inverses."""
-        return self.duties.owner[name] // (1 if self.grid.replicated else self.grid.row.size)
+    def _rank_in(self, team: Team, name: str) -> int:
+        """The place of the owner among all, or among those who hold the same inverses."""
+        owner = self.duties.owner[name]
+        return owner if team is self.grid.all else owner // self.grid.row.size
 
-    def _sent(self, team: Team, inverses: Inverses, names: Sequence[str], owners: Sequence[int]) -> list[Any]:
-        parts: list[Any] = []
-        of: list[tuple[str, int]] = []
-        for name, owner in zip(names, owners, strict=True):
-            own: list[Tensor] = []
-            if owner == team.rank:
-                template(closed(*_of(inverses, name)), own)
-            shapes = forms(self.templates[name])
-            parts += [(owner, form, own[i] if own else None) for i, form in enumerate(shapes)]
-            of += [(name, i) for i in range(len(shapes))]
-        to, shapes, tensors = (list(x) for x in zip(*parts, strict=True)) if parts else ([], [], [])
+    def _sent(self, team: Team, inverses: Inverses, names: Sequence[str], renew: Any = None) -> list[Any]:
+        owners, templates = [self._rank_in(team, name) for name in names], [self.templates[name] for name in names]
+
+        def make(places: Sequence[int]) -> list[Any]:
+            some = [names[i] for i in places]
+            if renew is not None:
+                renew(some)
+            return [closed(*_of(inverses, name)) for name in some]
+
         like = torch.empty(0, dtype=self.dtype, device=team.device)
-        found: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in names}
-        with team.waiting("the inverses"):
-            for i, M in sent(team, to, shapes, tensors, self.wire):
-                name, place = of[i]
-                found[name].append((place, M))
-        return [
-            opened(filled(self.templates[name], (M for _, M in sorted(found[name], key=lambda x: x[0]))), like)
-            for name in names
-        ]
+        return [opened(value, like) for value in delivered(team, owners, templates, make, self.wire, WHAT)]
+
+    def _template(self, inverses: Inverses, name: str) -> Any:
+        """What an inverse of this process is made of; that of before must stay as it is."""
+        found = template(closed(*_of(inverses, name)), [])
+        if self.templates.get(name, found) != found:
+            raise RuntimeError(f"the inverse of {name!r} has become {found}, it was {self.templates[name]}")
+        return found
 
 
 def exchange_of(
@@ -161,17 +166,13 @@ def exchange_of(
     elif mesh.ndim == 1:
         team = Team(mesh.get_group(), device)
     else:
-        team = Team(_all_of(mesh), device)
+        team = subgroup(Team(distributed.group.WORLD, device), mesh.mesh.flatten().tolist())
     grid = grid_of(placement, team, mesh)
     if structure.linked and not grid.replicated:
         raise ValueError(f"structure {structure!r} links all layers: expected placement 'replicated' with it")
     if team.size == 1 and mesh is None:
         return None
     return Exchange(grid, Whole(grid) if mesh is None else Sharded(grid), layers, dtypes)
-
-
-def _all_of(mesh: Any) -> Any:
-    return torch.distributed.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
 
 
 def _of(inverses: Inverses, name: str) -> tuple[Any, Any]:

@@ -107,7 +107,7 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
     for statistic in (together, alone):
         found |= statistic.moments(1.0) if statistic.all else {}
     layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
-    _, (N,) = passes.team.sums([], [max(together.examples, alone.examples)])
+    _, (N,) = passes.team.sums([], [max(together.examples, alone.examples)], "A and G")
     return Factors(layers), N
 
 
@@ -133,7 +133,7 @@ def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) 
                 squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
                 if squares is not None:
                     sums[layer] += squares.to(sums[layer].device)
-    summed, (N,) = passes.team.sums(list(sums.values()), [N])
+    summed, (N,) = passes.team.sums(list(sums.values()), [N], "the eigenvalues")
     means = dict(zip(sums, (S / N for S in summed), strict=True))
     pairs = zip(passes.layers, spectra, strict=True)
     return tuple(KroneckerEigen(F.Q_A, F.Q_B, means[layer]) if layer in means else F for layer, F in pairs)

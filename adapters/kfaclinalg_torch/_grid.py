@@ -67,7 +67,7 @@ def grid_of(placement: Any, team: Team, mesh: Any) -> Grid:
         return Grid(team, team, alone, False)
     first, own = team.rank - team.rank % columns, team.rank % columns
     ranks = range(first, first + columns), range(own, team.size, columns)
-    row, column = (_subgroup(team, some) for some in ranks)
+    row, column = (subgroup(team, some) for some in ranks)
     return Grid(team, row, column, False)
 
 
@@ -79,6 +79,8 @@ class Duties:
         self.items: list[Item] = [[_sides(layer) for layer in unit] for unit in self.units]
         self.places: list[Place] = places_of(self.items, processes)
         self.owner = {layer.name: p.owner for unit, p in zip(self.units, self.places, strict=True) for layer in unit}
+        shelves = {layer.name: p for unit, p in zip(self.units, self.places, strict=True) for layer in unit}
+        self.order = sorted(shelves, key=lambda name: shelves[name][::-1])  #: a shelf after the other
         self.of_block = {
             block.name: self.owner[layer.name] for u in self.units for layer in u for block in layer.blocks
         }
@@ -106,6 +108,7 @@ def _sides(layer: Layer) -> Any:
     return (A.shape[-1], A.ndim == 1), (G.shape[-1], G.ndim == 1), prod(A.shape[:-2])
 
 
-def _subgroup(team: Team, ranks: Sequence[int]) -> Team:
-    group = distributed.new_group([team.global_rank(rank) for rank in ranks], use_local_synchronization=True)
+def subgroup(team: Team, ranks: Sequence[int]) -> Team:
+    with team.waiting("a process group"):
+        group = distributed.new_group([team.global_rank(rank) for rank in ranks], use_local_synchronization=True)
     return Team(group, team.device)

@@ -48,7 +48,7 @@ def cross_moments(statistic: Statistic, layers: Sequence[Layer], scale: float) -
             sums[i][1] = sums[i][1] + scale**2 * _cross(x.g, y.g)
     empty = [_zero(one, other, statistic.dtype) for one, other in pairwise(layers)]
     tensors = [Z + M for zeros, pair in zip(empty, sums, strict=True) for Z, M in zip(zeros, pair, strict=True)]
-    moments, (N, *counts) = statistic.team.sums(tensors, [statistic.examples, *counts])
+    moments, (N, *counts) = statistic.team.sums(tensors, [statistic.examples, *counts], "the links")
     pairs = zip(moments[::2], moments[1::2], counts, strict=True)
     return tuple(Link(A / max(r, 1), G / max(N, 1)) for A, G, r in pairs)
 

@@ -14,6 +14,7 @@ from kfaclinalg import Factors, KFACOptions, KFACState, LayerFactors, StepInfo, 
 from . import _resume as resume
 from ._batch import Batch
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
+from ._divided import divided
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._masks import mask_of
@@ -140,7 +141,8 @@ class KFAC(torch.optim.Optimizer):
             probe(self._trained, team, next(batch.chunks(self.options.chunk_size))[1], self._tensor_of)
             capture, weights = self._trained.capture(), self._trained.network.weights()
             problem = self._problem(batch, capture, self.options, team)
-            moved, self._state, self.info = kfac_step(problem, weights, self._state, self.options)
+            options = divided(self.options, self._state, team)
+            moved, self._state, self.info = kfac_step(problem, weights, self._state, options)
             self._trained.network.assign(weights if self.info.refused else moved)
             if self.info.refused:
                 restore(statistics)
@@ -172,11 +174,8 @@ class KFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all of it, the model too, which one deepcopy of both shares."""
         generator = self.options.generator
-        own = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("defaults", "param_groups", "state", "_group")
-        }
+        left = "defaults", "param_groups", "state", "_group"
+        own = {name: value for name, value in vars(self).items() if name not in left}
         own["options"] = self.options._replace(generator=None)
         return super().__getstate__() | own | {"generator": (str(generator.device), generator.get_state())}
 

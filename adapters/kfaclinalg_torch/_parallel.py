@@ -76,20 +76,20 @@ class ParallelProblem(NetworkProblem):
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
         with self.team.agreed("the gradient"):
             h, gradient = super().loss_and_gradient(weights)
-        h, *gradients = self._mean([h, *gradient], self.batch)
+        h, *gradients = self._mean([h, *gradient], self.batch, "the gradient")
         return h, tuple(gradients)
 
     def loss(self, weights: Matrices) -> Tensor:
         with self.team.agreed("the loss"):
             h = super().loss(weights)
-        return self._mean([h], self.batch)[0]
+        return self._mean([h], self.batch, "the loss")[0]
 
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Tensor:
         with self.team.agreed("the curvature"):
             total = super().curvature_gram(weights, directions)
         k = len(directions)
         total = total if isinstance(total, Tensor) else weights[0].new_zeros(k, k, dtype=torch.float64)
-        return self._mean([total], self._last)[0]
+        return self._mean([total], self._last, "the curvature")[0]
 
     def _take(self, batch: Batch, weights: Matrices) -> None:
         with self.team.agreed("the factors"):
@@ -97,10 +97,10 @@ class ParallelProblem(NetworkProblem):
         sizes = self.team.told(len(batch), "the sizes of the parts")
         same_draws(self.team, self.options.generator, sizes.index(max(sizes)))  # who has no examples has drawn nothing
 
-    def _mean(self, tensors: list[Tensor], batch: Batch) -> Sequence[Tensor]:
+    def _mean(self, tensors: list[Tensor], batch: Batch, what: str) -> Sequence[Tensor]:
         """Over all processes, each with the weight of its examples."""
-        (counted,) = self.team.sums([], [batch.counted])[1]
-        return self.team.sums([batch.counted / max(counted, 1) * x for x in tensors], [])[0]
+        (counted,) = self.team.sums([], [batch.counted], what)[1]
+        return self.team.sums([batch.counted / max(counted, 1) * x for x in tensors], [], what)[0]
 
     def _subset(self, fraction: float) -> Batch:
         self._last = super()._subset(fraction)

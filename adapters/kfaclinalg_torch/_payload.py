@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfaclinalg import KroneckerEigen
 
 from ._checkpoint import KIND, packed, unpacked
-from ._wire import Form
+from ._team import Team
+from ._wire import Form, sent
 
 HALVES: dict[Any, Any] = {"Kronecker": {"A": "symmetric", "B": "symmetric"}, "CholeskyInverse": {"L": "lower"}}
 EIGENVALUES = "eigenvalues alone"
@@ -60,3 +63,37 @@ def opened(value: dict[str, Any], like: Tensor) -> tuple[Any, Any]:
     if EIGENVALUES in value:
         return kept, KroneckerEigen(kept.Q_A, kept.Q_B, value[EIGENVALUES].to(like))
     return kept, unpacked(value["inverse"], like)
+
+
+def delivered(
+    team: Team,
+    owners: Sequence[int],
+    templates: Sequence[Any],
+    make: Callable[[list[int]], Sequence[Any]],
+    dtype: torch.dtype,
+    what: str,
+) -> list[Any]:
+    """The values that these are the templates of, everywhere; each owner makes its own, by their places.
+
+    Raises:
+        RuntimeError: a value is not of its template.
+    """
+    shapes = [forms(one) for one in templates]
+    of = [(k, j) for k, some in enumerate(shapes) for j in range(len(some))]
+    own: dict[int, list[Tensor]] = {}
+
+    def tensors(places: list[int]) -> list[Tensor]:
+        new = list(dict.fromkeys(of[i][0] for i in places if of[i][0] not in own))
+        for k, value in zip(new, make(new), strict=True):
+            own[k] = []
+            found = template(value, own[k])
+            if found != templates[k]:
+                raise RuntimeError(f"an inverse has become {found}, it was {templates[k]}")
+        return [own[k][j] for k, j in (of[i] for i in places)]
+
+    came: list[list[Any]] = [[None] * len(some) for some in shapes]
+    to, flat = [owners[k] for k, _ in of], [shapes[k][j] for k, j in of]
+    for i, M in sent(team, to, flat, tensors, dtype, what):
+        k, j = of[i]
+        came[k][j] = M
+    return [filled(one, iter(parts)) for one, parts in zip(templates, came, strict=True)]

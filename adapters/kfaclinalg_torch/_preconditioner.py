@@ -183,7 +183,7 @@ class KFACPreconditioner(Seen, Controlled):
 
     def _begin(self) -> None:
         if self._exchange:
-            self._exchange.seed(self.generator, self._seed, self._steps)
+            self._exchange.begin(self)
         self._estimate.begin(self._steps % self._period("statistics_period") == 0, self._inverses.keeps_uses)
 
     def _settled(self, gone: Mapping[Layer, str]) -> None:

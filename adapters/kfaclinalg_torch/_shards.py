@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ._grid import Grid
 from ._wire import Form, sent
 
 Holders = Mapping[Tensor, int | None]  #: by the parameters the place in a row of who has the inverse; None: all do
+UPDATES = "the updates"
 
 
 class Whole:
@@ -33,12 +35,11 @@ class Whole:
         if self.grid.row.size == 1:
             return dict(updates)
         found: dict[Tensor, Tensor] = {}
-        with self.grid.row.waiting("the updates"):
-            for dtype in _dtypes(holders):
-                some = [p for p in holders if p.dtype == dtype]
-                forms, owners = [Form(tuple(p.shape)) for p in some], [holders[p] or 0 for p in some]
-                for i, U in sent(self.grid.row, owners, forms, [updates.get(p) for p in some], dtype):
-                    found[some[i]] = U
+        for dtype in _dtypes(holders):
+            some = [p for p in holders if p.dtype == dtype]
+            forms, owners = [Form(tuple(p.shape)) for p in some], [holders[p] or 0 for p in some]
+            own = partial(_picked, updates, some)
+            found |= {some[i]: U for i, U in sent(self.grid.row, owners, forms, own, dtype, UPDATES)}
         return found
 
 
@@ -56,7 +57,7 @@ class Sharded(Whole):
         for dtype in _dtypes(holders):
             to = [[p for p in holders if p.dtype == dtype and holders[p] in (None, rank)] for rank in range(row.size)]
             mine = to[row.rank]
-            came = self._exchanged(to, [mine] * row.size, parts, dtype)
+            came = self._exchanged(to, [mine] * row.size, parts, dtype, "the rows of the gradients")
             found |= {p: torch.cat(pieces, _dim(p)) for p, *pieces in zip(mine, *came, strict=True)}
         return found
 
@@ -69,7 +70,9 @@ class Sharded(Whole):
                 continue
             mine = [p for p in some if holders[p] == row.rank]
             of = [[p for p in some if holders[p] == rank] for rank in range(row.size)]
-            came = self._exchanged([mine] * row.size, of, lambda p, rank: self._part(p, updates[p], rank), dtype, True)
+            came = self._exchanged(
+                [mine] * row.size, of, lambda p, rank: self._part(p, updates[p], rank), dtype, UPDATES
+            )
             found |= {p: U for ps, Us in zip(of, came, strict=True) for p, U in zip(ps, Us, strict=True)}
         return found
 
@@ -79,17 +82,17 @@ class Sharded(Whole):
         of: Sequence[Sequence[Tensor]],
         part: Callable[[Tensor, int], Tensor],
         dtype: torch.dtype,
-        back: bool = False,
+        what: str,
     ) -> list[list[Tensor]]:
         """From each process the parts of the parameters `of` it; to each go those of the parameters `to` it."""
         row = self.grid.row
         outgoing = [[part(p, rank).reshape(-1) for p in to[rank]] for rank in range(row.size)]
-        shapes = [[self._shape(p, row.rank if back else rank) for p in of[rank]] for rank in range(row.size)]
+        shapes = [[self._shape(p, row.rank if what == UPDATES else rank) for p in of[rank]] for rank in range(row.size)]
         sizes = [[shape.numel() for shape in some] for some in shapes]
         flat = torch.cat([x for some in outgoing for x in some] or [torch.empty(0, dtype=dtype, device=row.device)])
         counts, expected = [sum(x.numel() for x in some) for some in outgoing], list(map(sum, sizes))
         came = flat.new_empty(sum(expected))
-        with row.waiting("the rows of gradients and updates"):
+        with row.waiting(what):
             distributed.all_to_all_single(came, flat, expected, counts, group=row.group)
         pieces = zip(came.split(expected), sizes, shapes, strict=True)
         return [[x.view(s) for x, s in zip(x.split(n), some, strict=True)] for x, n, some in pieces]
@@ -142,6 +145,10 @@ def mesh_of(model: nn.Module) -> Any:
     if ranks != sorted(ranks):
         raise ValueError(f"the mesh of the parameters has the processes {ranks}, expected them in ascending order")
     return mesh
+
+
+def _picked(tensors: Mapping[Tensor, Tensor], some: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    return [tensors[some[i]] for i in places]
 
 
 def _dim(p: Any) -> int:

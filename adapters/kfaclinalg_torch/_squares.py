@@ -33,7 +33,7 @@ def mean_squares(
         return g[..., :, None] * a[..., None, :]
     summed = squared_gradients(statistic, layer.dense, F.Q_A, F.Q_B)
     squares = scale**2 * (F.eigenvalues.new_zeros(F.eigenvalues.shape) if summed is None else summed)  # type: ignore[attr-defined]
-    (squares,), (N,) = statistic.team.sums([squares], [statistic.examples])
+    (squares,), (N,) = statistic.team.sums([squares], [statistic.examples], "the squares of the gradients")
     return squares / N if N else None
 
 

@@ -14,7 +14,7 @@ from kfaclinalg import Diagonal, LayerFactors
 from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._entries import Entries
 from ._masks import spread
-from ._reduction import shared, totals
+from ._reduction import shared
 from ._team import ALONE, Team
 from ._use import Pass, Use
 
@@ -59,6 +59,8 @@ class Statistic:
         self._pooled: dict[Any, tuple[Any, Any, int]] = {}
         self._passes: dict[int, int] = {}
         self.work = Work()
+        self.updates, self.steady, self.early = 0, 0, None
+        self.left: dict[Block, Sums] = {}  # that have left early
 
     @property
     def blocks(self) -> set[Block]:
@@ -87,7 +89,7 @@ class Statistic:
         elif self._holds(use, s):
             self._rows[block] = use, g
         else:
-            self._fold(block)
+            self.fold(block)
             A, rows = block.input_moment(x, N, use.mask) if draw == 0 else (0.0, 0)
             self.add_sums(block, A, rows, block.output_moment(x, s, N))
 
@@ -118,8 +120,10 @@ class Statistic:
         `scale` takes a captured gradient to that of one example's loss.
         """
         if self.team.size > 1:
-            return dict(shared(self, totals(self, scale)))
-        self._unpool()
+            with self.team.agreed("the factors"):
+                self.complete()
+            return dict(shared(self, scale, {}, self.dtype))
+        self.unpool()
         N = self.examples
         found: dict[str, LayerFactors | Held] = {
             block.name: LayerFactors(_as_side(A.to(self.dtype) / r), _as_side(scale**2 * G.to(self.dtype) / max(N, 1)))
@@ -142,10 +146,11 @@ class Statistic:
     def complete(self) -> None:
         """All that was shown is in the sums."""
         for block in list(self._rows):
-            self._fold(block)
-        self._unpool()
+            self.fold(block)
+        self.unpool()
 
-    def _unpool(self) -> None:
+    def unpool(self) -> None:
+        """Into the sums with what was pooled."""
         for (block, *_, draw), (a, g, positions) in self._pooled.items():
             pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
             self.add_sums(block, pooled, count, second_moment(g))
@@ -159,7 +164,7 @@ class Statistic:
         rows = g.numel() // m
         return not groups and max(m, n) < LARGEST and rows * (n + m) <= 2 * (n * n + m * m)
 
-    def _fold(self, block: Block) -> None:
+    def fold(self, block: Block) -> None:
         """Into the sums with the rows of a block, where any are held."""
         if block in self._rows:
             use, g = self._rows.pop(block)

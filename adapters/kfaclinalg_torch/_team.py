@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 from zlib import crc32
 
@@ -15,6 +16,10 @@ UNSAID = -(2**40)  # the vote of who got no further
 
 def is_running() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+class Lost(RuntimeError):
+    """Another process is gone, or was not heard of within the group's timeout: with it nothing can be agreed."""
 
 
 class Team:
@@ -31,18 +36,22 @@ class Team:
     def global_rank(self, rank: int) -> int:
         return distributed.get_global_rank(self.group, rank)
 
-    def sums(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[int]]:
+    def sums(
+        self, tensors: Sequence[Tensor], counts: Sequence[int], what: str
+    ) -> tuple[Sequence[Tensor], Sequence[int]]:
         """The sums over all processes; what came, where there is but one."""
         if self.size == 1:
             return tensors, counts
-        with self.waiting("sums"):
-            if tensors:
-                flat = torch.cat([t.flatten() for t in tensors])
+        if tensors:
+            flat = torch.cat([t.flatten() for t in tensors])
+            with self.waiting(what):
                 distributed.all_reduce(flat, group=self.group)
-                parts = flat.split([t.numel() for t in tensors])
-                tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-            numbers = torch.tensor(counts, dtype=torch.float64, device=self.device)
-            distributed.all_reduce(numbers, group=self.group)
+            parts = flat.split([t.numel() for t in tensors])
+            tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        if counts:
+            with self.waiting(what):
+                distributed.all_reduce(numbers, group=self.group)
         return tensors, [int(n) for n in numbers.tolist()]
 
     def largest(self, numbers: Sequence[int], what: str) -> list[int]:
@@ -74,6 +83,8 @@ class Team:
         failure: Exception | None = None
         try:
             yield facts
+        except Lost:  # there is nobody to vote with
+            raise
         except Exception as error:
             failure = error
         if self.size > 1:
@@ -90,12 +101,14 @@ class Team:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """A process that is gone, or that is not heard of, is an error which says what was waited for."""
+        """A process that is gone, or that is not heard of, is an error which says what was waited for, and how long."""
+        start = monotonic()
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(
-                f"process {self.rank} of {self.size} waited in vain for the others, for {what}: {error}"
+            raise Lost(
+                f"process {self.rank} of {self.size} waited in vain for the others, for {what}, "
+                f"{monotonic() - start:.1f} s: {error}"
             ) from error
 
 

@@ -13,11 +13,11 @@ from kfaclinalg import Diagonal, Exact
 
 from ._alone import nothing
 from ._chain import ChainInverse
-from ._exchange import Exchange
+from ._exchange import WHAT, Exchange
 from ._inverses import are_finite
 from ._layer import Layer
 from ._preconditioned import of_length
-from ._reduction import Totals, shared, totals
+from ._reduction import shared
 from ._squares import mean_squares
 
 BEGIN = "the start of a step"
@@ -55,13 +55,13 @@ def _step(p: Any, exchange: Exchange) -> None:
         damping = p._damping()
         facts["the schedule"] = p._steps, estimate.due, p._period("inverse_period"), exchange.joined, repr(p.structure)
         if joined:
-            ready, sums = _begun(p, facts)
+            ready = _begun(p, facts)
     if not joined:
         _join(p, exchange)
         with everyone.agreed(BEGIN, *FACTS) as facts:
-            ready, sums = _begun(p, facts)
-    new = None if sums is None else _averaged(p, exchange, sums, ready)
-    if not estimate.averages.taken and (sums is None or not estimate.statistic.shown):
+            ready = _begun(p, facts)
+    new = _averaged(p, exchange, ready) if estimate.due else None
+    if not estimate.averages.taken and not (estimate.due and estimate.statistic.shown):
         raise nothing(p)
     _refresh(p, exchange, damping)
     if new is not None and p.structure.observes:
@@ -69,13 +69,15 @@ def _step(p: Any, exchange: Exchange) -> None:
     _write(p, exchange, ready)
 
 
-def _begun(p: Any, facts: dict[str, Any]) -> tuple[list[Layer], Totals | None]:
-    """The layers with gradients, and what this process has seen, where a statistic is due."""
+def _begun(p: Any, facts: dict[str, Any]) -> list[Layer]:
+    """The layers with gradients; where a statistic is due, all that was seen is in it."""
     layers = p._estimate.found.layers
     ready = [layer for layer in layers if all(x.grad is not None and x.requires_grad for x in layer.parameters)]
     facts[FACTS[0]] = [(layer.name, *(tuple(x.shape) for x in layer.parameters)) for layer in layers]
     facts[FACTS[1]] = [layer.name for layer in ready]
-    return ready, totals(p._estimate.statistic, p._estimate.scale) if p._estimate.due else None
+    if p._estimate.due:
+        p._estimate.statistic.complete()
+    return ready
 
 
 def _join(p: Any, exchange: Exchange) -> None:
@@ -91,11 +93,11 @@ def _join(p: Any, exchange: Exchange) -> None:
         p._settled(lost)
 
 
-def _averaged(p: Any, exchange: Exchange, sums: Totals, ready: Sequence[Layer]) -> dict[str, Any] | None:
+def _averaged(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> dict[str, Any] | None:
     """The statistic, taken into the averages by who has them; None where a number of anybody's is not finite."""
     estimate = p._estimate
     statistic, scale = estimate.statistic, estimate.scale
-    new = shared(statistic, sums, exchange.owners, exchange.wire)
+    new = shared(statistic, scale, exchange.owners, exchange.wire, statistic.early)
     links = p._inverses.links(statistic, scale)
     gradients = [exchange.gradients.of(x) for layer in ready for x in layer.parameters]
     sides: list[Any] = [M.d if isinstance(M, Diagonal) else M for pair in new.values() for M in pair]
@@ -119,21 +121,18 @@ def _known(p: Any, layer: Layer) -> bool:
 
 def _refresh(p: Any, exchange: Exchange, damping: Any) -> None:
     """Each inverse that is due, by its owner; a chain, which has none, by everyone."""
-    period, inverses, what = p._period("inverse_period"), p._inverses, "the inverses"
+    period, inverses = p._period("inverse_period"), p._inverses
     averages = p._estimate.averages.of(list(exchange.layers.values()))
     if isinstance(inverses, ChainInverse):
-        with exchange.grid.all.agreed(what):
+        with exchange.grid.all.agreed(WHAT):
             inverses.refresh(p._steps, period, damping, averages)
         return
     turns = exchange.duties.turns(period)
     known = [name for name, layer in exchange.layers.items() if _known(p, layer)]
     due = [name for name in known if p._steps % period == turns[name] or name not in exchange.templates]
     if due:
-        mine = [name for name in due if exchange.owns(name)]
-        with exchange.grid.all.agreed(what):
-            inverses.renew({name: averages.layers[name] for name in mine}, damping)
-            made = exchange.checked(inverses, [name for name in mine if not inverses.failures[name]])
-        exchange.share(inverses, due, made)
+        layers = averages.layers
+        exchange.renewed(inverses, due, lambda some: inverses.renew({name: layers[name] for name in some}, damping))
 
 
 def _observe(p: Any, exchange: Exchange, new: dict[str, Any], damping: Any) -> None:
@@ -178,7 +177,7 @@ def _write(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> None:
     updates = gradients.returned(holders, made)
     if clip is not None and updates:
         if not exchange.grid.replicated:
-            ((agreement,), _) = exchange.grid.row.sums([agreement], [])
+            ((agreement,), _) = exchange.grid.row.sums([agreement], [], "the length of the update")
         kappa, lr = clip
         factor = torch.sqrt(kappa / (lr**2 * agreement)).clamp(max=1.0)
         updates = {x: U * factor.to(U.dtype) for x, U in updates.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -81,46 +81,78 @@ def parcels(owners: Sequence[int | None], forms: Sequence[Form]) -> list[Parcel]
     return found
 
 
-def reduced(
-    team: Team, owners: Sequence[int | None], forms: Sequence[Form], tensors: list[Any], dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """(place, sum over the processes) of those that this process owns; one without an owner is everyone's.
+class Way(NamedTuple):
+    """A parcel on its way."""
 
-    `tensors` is emptied on the way.
+    work: Any
+    flat: Tensor
+    owner: int | None
+    places: list[int]
+
+
+Make = Callable[[list[int]], Sequence[Tensor]]  #: the tensors at these places
+
+
+def reduced(
+    team: Team, owners: Sequence[int | None], forms: Sequence[Form], make: Make, dtype: torch.dtype, what: str
+) -> tuple[list[Way], Exception | None]:
+    """Sums over the processes, on their way to who owns them; one without an owner is everyone's.
+
+    A parcel is made while those before it travel. After an error NaN travels, since the others wait for each.
     """
-    waiting = []
+    ways, failure = list[Way](), None
     for owner, places in parcels(owners, forms):
-        flat = torch.cat([forms[i].packed(tensors[i]).to(dtype) for i in places])
-        for i in places:
-            tensors[i] = None
-        if owner is None:
-            work = distributed.all_reduce(flat, group=team.group, async_op=True)
-        else:
-            work = distributed.reduce(flat, team.global_rank(owner), group=team.group, async_op=True)
-        waiting.append((work, flat, owner, places))
-    for work, flat, owner, places in waiting:
-        work.wait()
-        if owner in (None, team.rank):
-            yield from _opened(flat, forms, places)
+        flat, failure = _made(team, forms, places, make, dtype, failure)
+        with team.waiting(what):
+            if owner is None:
+                work = distributed.all_reduce(flat, group=team.group, async_op=True)
+            else:
+                work = distributed.reduce(flat, team.global_rank(owner), group=team.group, async_op=True)
+        ways.append(Way(work, flat, owner, places))
+    return ways, failure
 
 
 def sent(
-    team: Team, owners: Sequence[int], forms: Sequence[Form], tensors: Sequence[Tensor | None], dtype: torch.dtype
+    team: Team, owners: Sequence[int], forms: Sequence[Form], make: Make, dtype: torch.dtype, what: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """(place, tensor) of all, each as it was with its owner and to the last bit the same everywhere."""
-    waiting = []
+    """(place, tensor) of all, each as it was with its owner and to the last bit the same everywhere.
+
+    An owner makes the tensors of a parcel while those before it travel. An error of that is raised when all do.
+    """
+    ways, failure = list[Way](), None
     for owner, places in parcels(owners, forms):
+        assert owner is not None
         if owner == team.rank:
-            flat = torch.cat([forms[i].packed(tensors[i]).to(dtype) for i in places])  # type: ignore[arg-type]
+            flat, failure = _made(team, forms, places, make, dtype, failure)
         else:
             flat = torch.empty(sum(forms[i].size for i in places), dtype=dtype, device=team.device)
-        assert owner is not None
-        waiting.append((distributed.broadcast(flat, team.global_rank(owner), team.group, async_op=True), flat, places))
-    for work, flat, places in waiting:
-        work.wait()
-        yield from _opened(flat, forms, places)
+        with team.waiting(what):
+            work = distributed.broadcast(flat, team.global_rank(owner), team.group, async_op=True)
+        ways.append(Way(work, flat, None, places))
+    if failure is not None:
+        raise failure
+    yield from arrived(team, forms, ways, what)
 
 
-def _opened(flat: Tensor, forms: Sequence[Form], places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    for i, part in zip(places, flat.split([forms[i].size for i in places]), strict=True):
-        yield i, forms[i].unpacked(part)
+def arrived(team: Team, forms: Sequence[Form], ways: Sequence[Way], what: str) -> Iterator[tuple[int, Tensor]]:
+    """(place, tensor) of what is this process's."""
+    for work, flat, owner, places in ways:
+        with team.waiting(what):
+            work.wait()
+        if owner in (None, team.rank):
+            for i, part in zip(places, flat.split([forms[i].size for i in places]), strict=True):
+                yield i, forms[i].unpacked(part)
+
+
+def _made(
+    team: Team, forms: Sequence[Form], places: list[int], make: Make, dtype: torch.dtype, failure: Exception | None
+) -> tuple[Tensor, Exception | None]:
+    """The parcel, and the first error of all."""
+    if failure is None:
+        try:
+            tensors = zip(places, make(places), strict=True)
+            return torch.cat([forms[i].packed(M).to(dtype) for i, M in tensors]), None
+        except Exception as error:
+            failure = error
+    size = sum(forms[i].size for i in places)
+    return torch.full((size,), torch.nan, dtype=dtype, device=team.device), failure

@@ -6,7 +6,8 @@ from test_distributed_agreement import same
 from together import N, batch_of, model_of, spawned
 from torch import nn
 
-from kfaclinalg_torch import KFAC
+from kfaclinalg import BlockDiagonal, Exact, Factored, Kronecker, LowRank
+from kfaclinalg_torch import KFAC, _divided
 
 WORLDS = (1, 2, 3, 4)
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
@@ -15,20 +16,24 @@ OPTIONS = {
     "block-diagonal": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
     "exact": {"estimator": "exact", "statistics_fraction": 1.0, "curvature_fraction": 0.5},
     "eigen": {"structure": "eigen", "statistics_fraction": 0.5},
+    "low rank": {"structure": LowRank(2), "statistics_fraction": 0.5},
+    "exact damping": {"structure": Exact(), "statistics_fraction": 0.5},
     "block-tridiagonal": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
+    "beside a chain": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
     "chunks": {"chunk_size": 2, "statistics_fraction": 0.5, "curvature_fraction": 0.5},
     "uneven": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
 }
 
 
-def trained(name, rank=0, world=1, seed=3, steps=4):
-    """The weights and what happened in each step; the seeds of the processes differ."""
+def trained(name, rank=0, world=1, seed=3, steps=5):
+    """The weights and what happened in each step, three γ in two of them; the seeds of the processes differ."""
     parts = UNEVEN if name == "uneven" else PARTS
     model = model_of()
-    if name == "block-tridiagonal":
+    if name == "block-tridiagonal":  # the others have a normalisation beside it
         model = nn.Sequential(model[0], model[2], model[3], model[4], model[5])
     generator = torch.Generator().manual_seed(seed + rank)
-    optimizer = KFAC(model, "categorical", damping=0.1, generator=generator, **OPTIONS[name])
+    periods = {"inverse_period": 2, "gamma_period": 2}
+    optimizer = KFAC(model, "categorical", damping=0.1, generator=generator, **periods, **OPTIONS[name])
     infos = []
     for step in range(steps):
         x, y = (t.split(parts[world])[rank] for t in batch_of(step))
@@ -54,9 +59,65 @@ def refused(rank):
     return said
 
 
+def spoilt(rank, failure):
+    """A third step in which process 1 fails to invert what it owns; then all is well again."""
+    model = model_of()
+    optimizer = KFAC(model, "categorical", damping=0.1, generator=torch.Generator().manual_seed(0))
+    inverse, said, found = Factored.inverse, "", []
+
+    def fails(self, fitted, gamma):
+        return failure(inverse(self, fitted, gamma))
+
+    for step in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        Factored.inverse = fails if (rank, step) == (1, 2) else inverse
+        try:
+            optimizer.step(*(t.split(PARTS[3])[rank] for t in batch_of(step)))
+        except RuntimeError as error:
+            said = str(error)
+        refused = said if step == 2 and said else optimizer.info.refused
+        found.append((refused, same(before, [p.detach() for p in model.parameters()]), optimizer._state.damping))
+    Factored.inverse = inverse
+    return found, [p.detach().clone() for p in model.parameters()]
+
+
+def nothing_left(inverse):
+    return BlockDiagonal(tuple(Kronecker(block.A * torch.nan, block.B) for block in inverse.blocks))
+
+
+def too_much(inverse):
+    raise RuntimeError("no memory is left")
+
+
+def made_by(rank, structure):
+    """How many layers this process inverted in each step, and the bytes of an exchange that a rule may spare."""
+    kind, counts = type(structure), []
+    inverse = kind.inverse
+
+    def counted(self, fitted, gamma):
+        counts[-1] += len(fitted.layers)
+        return inverse(self, fitted, gamma)
+
+    model = model_of()
+    optimizer = KFAC(model, "categorical", damping=0.1, structure=structure)
+    kind.inverse = counted
+    for step in range(3):
+        counts.append(0)
+        optimizer.step(*(t.split(PARTS[3])[rank] for t in batch_of(step)))
+    kind.inverse = inverse
+    return counts
+
+
 def run(rank, world):
+    pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
     found = {name: trained(name, rank, world) for name in OPTIONS}
-    return found | ({"refused": refused(rank)} if world == 3 else {})
+    if world == 3:
+        found["refused"] = refused(rank)
+        found["nan"], found["error"] = (spoilt(rank, failure) for failure in (nothing_left, too_much))
+        found["made"] = made_by(rank, Factored())
+        _divided.PAYS = pays
+        found["made by all"] = made_by(rank, Factored())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +134,34 @@ def test_as_many_processes_as_there_are_take_the_step_of_one(processes, name, wo
         torch.testing.assert_close(happened, infos, rtol=1e-7, atol=1e-9, equal_nan=True)
         assert same(found, processes[world][0][name][0])  # to the last bit
         torch.testing.assert_close(happened, processes[world][0][name][1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_inverse_that_failed_is_refused_by_all(processes):
+    """In the same step, with the same damping after it; the next one is taken."""
+    found = [process["nan"] for process in processes[3]]
+    for steps, weights in found:
+        assert [refused for refused, *_ in steps] == ["", "", "the update is not finite", ""]
+        assert [unchanged for _, unchanged, _ in steps] == [False, False, True, False]
+        assert steps[2][2] > steps[1][2]
+        assert same((steps, weights), found[0])
+
+
+def test_an_error_of_an_owner_is_everyones(processes):
+    found = [process["error"] for process in processes[3]]
+    for rank, (steps, weights) in enumerate(found):
+        said = "no memory is left" if rank == 1 else "process 1 of 3 failed at the inverses"
+        assert said in steps[2][0]
+        assert [unchanged for _, unchanged, _ in steps] == [False, False, True, False]
+        assert same(weights, found[0][1])
+
+
+def test_each_layer_is_inverted_by_its_owner(processes):
+    """But in the first step, before which nobody knows what an inverse is made of; small layers by everyone."""
+    layers = len(KFAC(model_of(), "categorical")._trained.layers)
+    first, *others = zip(*(process["made"] for process in processes[3]), strict=True)
+    assert first == (layers,) * 3
+    assert all(sum(step) == layers and 0 < max(step) < layers for step in others)
+    assert all(process["made by all"] == [layers] * 3 for process in processes[3])
 
 
 def test_a_wrong_target_and_other_weights_are_everyones(processes):
