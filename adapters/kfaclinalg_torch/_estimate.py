@@ -54,6 +54,7 @@ class Estimate:
         self.averages = Averages()
         self.rejected, self.due, self._estimating = 0, False, False
         self.settled: Callable[..., Any] | None = WeakMethod(settled)
+        self.updated: Callable[[Statistic], None] = lambda statistic: None
         self.capture = Capture(model, found.sites, self._keeps, self._follows, self._arrived, self._ended, self._mask)
         self._ends: dict[int, Any] = {}  # the outputs of each pass, and what the diagonal is taken of
 
@@ -66,8 +67,7 @@ class Estimate:
         self.due = due
         self.statistic = Statistic(self.found.blocks, self.sharing, self.dtype, keep, self.team)
         self.training: dict[Any, list[tuple[Use, Tensor]]] = {}
-        self._ends, self.capture.empty = {}, []
-        self.capture.idle = not due
+        self._ends, self.capture.empty, self.capture.idle = {}, [], not due
 
     def update(self, returned: Any) -> None:
         """Take the statistics of the forward pass that returned this."""
@@ -89,6 +89,7 @@ class Estimate:
         if outputs.numel() and not any(reached):
             raise ValueError("update() got outputs of no pass that has shown a layer since the last step() or update()")
         self.capture.uses = [use for use, done in zip(uses, reached, strict=False) if not done]
+        self.updated(self.statistic)
 
     def _pass_along(self, outputs: Tensor) -> None:
         """As many backward passes of no examples as others take: where parameters are sharded all take part in each."""

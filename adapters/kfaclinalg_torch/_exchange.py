@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from kfaclinalg import KroneckerEigen
 
+from ._ahead import Ahead
 from ._checkpoint import KIND
 from ._grid import Duties, Grid, grid_of, subgroup
 from ._inverses import Inverses
@@ -34,6 +35,7 @@ class Exchange:
     ) -> None:
         self.grid, self.gradients = grid, gradients
         self.dtype, self.wire = dtypes
+        self.ahead = Ahead(grid.all)
         self.assign(layers)
         self.joined = False  # whether the processes have told each other which layers are none
         self.templates: dict[str, Any] = {}  # of the inverses that there are
@@ -42,6 +44,7 @@ class Exchange:
         """These are the layers."""
         self.layers = {layer.name: layer for layer in layers}
         self.duties = Duties(layers, self.grid.all.size)
+        self.ahead.forget()
 
     def common_seed(self, generator: torch.Generator) -> int:
         """One number of the first process's."""
@@ -50,8 +53,14 @@ class Exchange:
 
     def begin(self, p: Any) -> None:
         """The random numbers of a step follow from the common seed, the step and the process: that is their state."""
-        team = self.grid.all
+        team, p._estimate.updated = self.grid.all, self.updated
         p.generator.manual_seed((p._seed + MIXED * (p._steps * team.size + team.rank)) % 2**63)
+
+    def updated(self, statistic: Any) -> None:
+        """An update was taken: where it is the last one, its sums leave."""
+        statistic.updates += 1
+        if statistic.updates == self.ahead.updates:
+            self.ahead.leave(statistic, self.owners, self.wire)
 
     @property
     def owners(self) -> dict[str, int]:
@@ -125,6 +134,7 @@ class Exchange:
             self.templates |= templates
         p._estimate.averages.known = known
         self.joined = False
+        self.ahead.forget()
 
     def in_basis(self, name: str) -> bool:
         """Whether squares of gradients change its inverse."""

@@ -33,7 +33,10 @@ def step_together(p: Any, exchange: Exchange) -> None:
     except BaseException:
         for thing, values in before:
             vars(thing).update(values)
+        exchange.ahead.undone(p._estimate.statistic)
         raise
+    if p._estimate.due and exchange.joined:
+        exchange.ahead.learn(p._estimate.statistic)
 
 
 def _state(p: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -49,6 +52,8 @@ def _state(p: Any) -> list[tuple[Any, dict[str, Any]]]:
 def _step(p: Any, exchange: Exchange) -> None:
     estimate, everyone = p._estimate, exchange.grid.all
     joined = exchange.joined or not estimate.due
+    if estimate.due:
+        exchange.ahead.leave(estimate.statistic, exchange.owners, exchange.wire)
     with everyone.agreed(BEGIN, "the schedule", *FACTS) as facts:
         for owner in p._owners:
             owner.check("preconditioner")

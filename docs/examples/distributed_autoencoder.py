@@ -59,7 +59,8 @@ def train(steps: int) -> dict[str, float]:
         start = perf_counter()
         optimizer.zero_grad()
         outputs = model(x)
-        preconditioner.update(outputs)
+        with sent:
+            preconditioner.update(outputs)  # from where the sums of the statistics leave
         loss = nn.functional.binary_cross_entropy_with_logits(outputs, x, reduction="sum") * world / BATCH
         loss.backward()
         with sent:
