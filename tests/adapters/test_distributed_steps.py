@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from together import SPLITS, STRUCTURES, alone, model_of, spawned, trained, wrapped
+from together import SPLITS, STRUCTURES, N, alone, model_of, spawned, trained, wrapped
+from torch.utils._pytree import tree_leaves
 
 WORLDS = (3, 4)
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-6}  # of a difference over the largest entry
+ORDERS = 6
 LIMITS = {"no limit": {}, "length": {"length": 1e-3}, "clip": {"kl_clip": 1e-3}}
 
 
@@ -27,11 +30,11 @@ CASES = {f"{world} {' '.join(map(str, case))}": (world, case) for world in WORLD
 def run(rank, world):
     found = {}
     for name, (processes, (wrapper, placement, structure, split, limit)) in CASES.items():
-        if processes == world:
-            model = model_of()
+        for dtype in BOUNDS if processes == world else ():
+            model = model_of(dtype)
             called = wrapped(model, wrapper, world)
             options = {"placement": placement, "structure": STRUCTURES[structure]} | LIMITS[limit]
-            found[name] = trained(called, model, SPLITS[world][split], rank, world, **options)
+            found[name, dtype] = trained(called, model, SPLITS[world][split], rank, world, **options)
     return found
 
 
@@ -45,20 +48,39 @@ def references():
     return {}
 
 
-def reference(references, world, structure, limit):
-    key = world, structure, limit
+def reference(references, world, dtype, structure, limit):
+    key = world, dtype, structure, limit
     if key not in references:
-        references[key] = alone(world, structure=STRUCTURES[structure], **LIMITS[limit])
+        references[key] = alone(world, dtype, structure=STRUCTURES[structure], **LIMITS[limit])
     return references[key]
 
 
+def spread(references, world, dtype, structure, limit):
+    """How far the gradients and weights of one process are from those with its examples in another order.
+
+    In float32 the order moves the loss's gradients by 2e-7, and what the inverses make of these by up to 3e-6.
+    """
+    key = world, dtype, structure, limit, "spread"
+    if key not in references:
+        expected, found = reference(references, world, dtype, structure, limit), 0.0
+        for seed in range(ORDERS if dtype == torch.float32 else 0):
+            order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+            other = alone(world, dtype, order=order, structure=STRUCTURES[structure], **LIMITS[limit])
+            found = max(found, *(far(other[kind], expected[kind]) for kind in ("gradients", "weights")))
+        references[key] = found
+    return references[key]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
-def test_many_processes_give_what_one_gives(processes, references, name):
+def test_many_processes_give_what_one_gives(processes, references, name, dtype):
     world, (_, placement, structure, _, limit) = CASES[name]
-    expected, found = reference(references, world, structure, limit), [ranks[name] for ranks in processes[world]]
+    expected = reference(references, world, dtype, structure, limit)
+    found = [ranks[name, dtype] for ranks in processes[world]]
+    bound = max(BOUNDS[dtype], 2 * spread(references, world, dtype, structure, limit))
     for process in found:
-        assert_close(process["gradients"], expected["gradients"])
-        assert_close(process["weights"], expected["weights"])
+        assert far(process["gradients"], expected["gradients"]) <= bound
+        assert far(process["weights"], expected["weights"]) <= bound
         torch.testing.assert_close(process["weights"], found[0]["weights"], rtol=0, atol=0)  # to the last bit
     held = [set(process["layers"]) for process in found]
     if placement == "replicated":
@@ -66,11 +88,21 @@ def test_many_processes_give_what_one_gives(processes, references, name):
     else:
         assert sum(map(len, held)) == len(set().union(*held)) == len(expected["layers"])  # each with one process alone
     for process in found:
-        assert_close(process["layers"], {name: expected["layers"][name] for name in process["layers"]})
+        held = {name: expected["layers"][name] for name in process["layers"]}
+        assert far(process["layers"], held) <= BOUNDS[dtype]
 
 
-def assert_close(one, two):
-    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+def far(found, expected):
+    """The largest difference of a tensor over its largest entry."""
+    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=True))
+    assert pairs or not expected
+    return max((float((x - y).abs().max() / y.abs().max()) for x, y in pairs), default=0.0)
+
+
+def test_the_order_of_the_examples_is_rounding(references):
+    """What the bounds in float32 are made of is small, too."""
+    for structure in STRUCTURES:
+        assert 0 < spread(references, 3, torch.float32, structure, "no limit") < 1e-5
 
 
 @pytest.mark.parametrize("world", WORLDS)

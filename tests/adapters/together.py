@@ -72,13 +72,13 @@ def loss_of(outputs, targets, world):
     return functional.cross_entropy(outputs, targets, reduction="sum") * world / N
 
 
-def trained(called, model, split, rank, world, *, steps=3, **options):
+def trained(called, model, split, rank, world, *, steps=3, order=slice(None), **options):
     """The gradients of each step, the weights after all, and the averages that this process has."""
     options = {"estimator": "exact", "damping": 0.1, "statistics_period": 1, "inverse_period": 2} | options
     preconditioner = KFACPreconditioner(called, likelihood="categorical", **options)
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
     for seed in range(steps):
-        x, y = (t.split(split)[rank] for t in batch_of(seed, next(model.parameters()).dtype))
+        x, y = (t[order].split(split)[rank] for t in batch_of(seed, next(model.parameters()).dtype))
         optimizer.zero_grad()
         outputs = called(x)
         preconditioner.update(outputs)
@@ -106,8 +106,8 @@ def schedule_of(world):
         _inverses.turns_of = before
 
 
-def alone(world, **options):
+def alone(world, dtype=torch.float64, **options):
     """The same on the whole batches in one process, with the schedule of several."""
     with schedule_of(world):
-        model = model_of()
+        model = model_of(dtype)
         return trained(model, model, (N,), 0, 1, **options)
