@@ -79,7 +79,10 @@ def unwrapped(model: Any) -> nn.Module:
 def check_whole(model: nn.Module) -> None:
     """A ValueError names a sharded parameter."""
     if sharded := [name for name, p in model.named_parameters() if hasattr(p, "device_mesh")]:
-        raise ValueError(f"{sharded[0]} is one of {len(sharded)} sharded parameters (DTensor), expected whole ones")
+        raise ValueError(
+            f"{sharded[0]} is one of {len(sharded)} sharded parameters (DTensor), expected whole ones; "
+            "KFACPreconditioner takes those of fully_shard"
+        )
 
 
 def found(model: nn.Module, skip: Sequence[str], table: Mapping[type, Rule], fallback: str) -> Found:

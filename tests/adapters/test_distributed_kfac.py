@@ -3,11 +3,14 @@
 import pytest
 import torch
 from test_distributed_agreement import same
-from together import N, batch_of, model_of, spawned
+from together import N, batch_of, model_of, spawned, wrapped
 from torch import nn
 
-from kfaclinalg import BlockDiagonal, Exact, Factored, Kronecker, LowRank
+from kfaclinalg import BlockDiagonal, Exact, Factored, Kronecker, LayerFactors, LowRank
 from kfaclinalg_torch import KFAC, _divided
+from kfaclinalg_torch._checkpoint import packed
+from kfaclinalg_torch._payload import template
+from kfaclinalg_torch._team import ALONE
 
 WORLDS = (1, 2, 3, 4)
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
@@ -108,11 +111,18 @@ def made_by(rank, structure):
     return counts
 
 
+def sharded(world):
+    try:
+        KFAC(wrapped(model_of(), "fsdp", world), "categorical")
+    except ValueError as error:
+        return str(error)
+
+
 def run(rank, world):
     pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
     found = {name: trained(name, rank, world) for name in OPTIONS}
     if world == 3:
-        found["refused"] = refused(rank)
+        found["refused"], found["sharded"] = refused(rank), sharded(world)
         found["nan"], found["error"] = (spoilt(rank, failure) for failure in (nothing_left, too_much))
         found["made"] = made_by(rank, Factored())
         _divided.PAYS = pays
@@ -162,6 +172,19 @@ def test_each_layer_is_inverted_by_its_owner(processes):
     assert first == (layers,) * 3
     assert all(sum(step) == layers and 0 < max(step) < layers for step in others)
     assert all(process["made by all"] == [layers] * 3 for process in processes[3])
+
+
+@pytest.mark.parametrize(("d", "pays"), [(32, False), (33, True)])
+def test_the_shapes_say_whether_an_inverse_is_shared(d, pays):
+    """2 d³ multiplications against 64 for each of d (d + 1) numbers."""
+    one = Kronecker(torch.eye(d), torch.eye(d))
+    shared = _divided.Divided(Factored(), BlockDiagonal((one,)), ALONE)
+    item = shared._item(LayerFactors(one.A, one.B), one)
+    assert shared._pays(item, template(packed(one), []), one) is pays
+
+
+def test_a_sharded_model_is_refused_with_what_takes_it(processes):
+    assert all("KFACPreconditioner takes those of fully_shard" in process["sharded"] for process in processes[3])
 
 
 def test_a_wrong_target_and_other_weights_are_everyones(processes):
