@@ -47,7 +47,8 @@ class Ahead:
         """A step was not taken: the statistic is whole again, and nothing leaves early any more."""
         if statistic.early is not None:
             statistic.early, self.team = None, None
-            for block, (A, rows, G) in statistic.left.items():
-                statistic.add_sums(block, A, rows, G)
+            for block, sums in statistic.left.items():
+                whole = sums.whole()
+                statistic.add_sums(block, whole.A, whole.rows, whole.G)
             statistic.left = {}
         self.forget()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import kfaclinalg
 
+from ._panels import add_moment
+
 Like = Callable[[Tensor], Tensor]  #: a parameter to a tensor shaped like it: itself, or its gradient
 Mask = Tensor | None
 LARGEST = 8192  # a side longer than this keeps the diagonal of its moment
@@ -74,6 +76,16 @@ class Block(ABC):
     def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         """Σ g gᵀ over all examples and positions; g is zero where a position does not count."""
 
+    def add_input_moment(self, total: Tensor, x: Tensor, N: int, mask: Mask = None) -> int:
+        """`input_moment` into `total`, in its place and, of a matrix, on and above its diagonal; the number of rows."""
+        A, rows = self.input_moment(x, N, mask)
+        total.add_(A)
+        return rows
+
+    def add_output_moment(self, total: Tensor, x: Tensor, g: Tensor, N: int) -> None:
+        """`output_moment` into `total`, in the same way."""
+        total.add_(self.output_moment(x, g, N))
+
     def gradients(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         """∇W (N, ..., m, n) of each example, from what one use has shown; g is zero where a position does not count."""
         raise NotImplementedError(f"{type(self).__name__} does not say what the gradient of one example is")
@@ -107,13 +119,29 @@ class Dense(Rows):
     def inputs(self, x: Tensor, N: int) -> Tensor:
         """a (N, R, ..., n)."""
 
+    def projected(self, x: Tensor, N: int, Q: Tensor) -> Tensor:
+        """a Q (N, R, k) for Q (n, k), where W is one matrix."""
+        return self.inputs(x, N) @ Q
+
     def input_moment(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, int]:
-        a = self.inputs(x, N).flatten(0, 1)
-        a = a if mask is None else a[mask.flatten()]
+        a = self._rows(x, N, mask)
         return second_moment(a), len(a)
 
     def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         return second_moment(self.outputs(x, g, N).flatten(0, 1))
+
+    def add_input_moment(self, total: Tensor, x: Tensor, N: int, mask: Mask = None) -> int:
+        a = self._rows(x, N, mask)
+        add_second_moment(total, a)
+        return len(a)
+
+    def add_output_moment(self, total: Tensor, x: Tensor, g: Tensor, N: int) -> None:
+        add_second_moment(total, self.outputs(x, g, N).flatten(0, 1))
+
+    def _rows(self, x: Tensor, N: int, mask: Mask) -> Tensor:
+        """a of all positions that count."""
+        a = self.inputs(x, N).flatten(0, 1)
+        return a if mask is None else a[mask.flatten()]
 
     def pooled_inputs(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, Any]:
         a = self.inputs(x, N)
@@ -135,4 +163,14 @@ def second_moment(x: Tensor) -> Tensor:
         return x.square().sum(0)
     if not len(x):
         return x.new_zeros(*x.shape[1:], x.shape[-1])
-    return kfaclinalg.second_moment(x.movedim(0, -2)) * len(x)
+    return kfaclinalg.second_moment(x.movedim(0, -2)).mul_(len(x))
+
+
+def add_second_moment(total: Tensor, x: Tensor) -> None:
+    """The same into `total`, in its place: on and above the diagonal."""
+    if x.ndim == 2 and total.ndim == 1:
+        total.add_(x.square().sum(0))
+    elif x.ndim == 2:
+        add_moment(total[None], x.mT[None])
+    else:
+        add_moment(total.flatten(0, -3), x.flatten(1, -2).permute(1, 2, 0))

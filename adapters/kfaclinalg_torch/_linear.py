@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Linear(Dense):
         """Whether its W is the weight as it stands, beside the bias."""
         return self.part == slice(None) and self.weight is not None and not self.transposed
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         tensors = self._tensors(outline)
         return len(tensors[0]), sum(t.shape[1] if t.ndim > 1 else 1 for t in tensors)
@@ -58,6 +59,12 @@ class Linear(Dense):
         if self.weight is None:
             return a.new_ones(*a.shape[:2], 1)
         return a if self.bias is None else functional.pad(a, (0, 1), value=1.0)
+
+    def projected(self, x: Tensor, N: int, Q: Tensor) -> Tensor:
+        if self.weight is None or self.bias is None:
+            return super().projected(x, N, Q)
+        a = x.reshape(-1, x.shape[-1])
+        return torch.addmm(Q[-1], a, Q[:-1]).view(N, -1, Q.shape[1])
 
     def outputs(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         return g.reshape(N, -1, g.shape[-1])

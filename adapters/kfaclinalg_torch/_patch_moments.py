@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._panels import add_moment, add_product, mirrored, width_of
 from ._patches import Convolution, Grid, grid_of, pixels_of
 
 BUFFER = 16 * 2**20  # bytes of patches that `patch_moment` holds at once, or those of one example
-# MKL's float32 product of fewer than 12 columns sums its rows one by one and loses 2e-5 over 150 000: pieces lose 1e-7.
-NARROW, PIECE = 16, 4096
-PANEL = 128  # rows of M, or nearly twice as many, that one product makes from the diagonal on: not what mirrors them
 # What takes time beside the multiply-adds of a product, counted in these, some 30 a nanosecond: an entry of its rows,
 # an entry of M written apart from its neighbours, and a call, of which each pair of kernel elements makes so many.
 ENTRY, APART, CALL, CALLS = 60, 150, 1e5, 14
@@ -38,14 +36,14 @@ def patch_moment(module: Convolution, x: Tensor, bias: bool) -> Tensor:
         unseen = _unseen(grid, live)
         if _shifts_pay(grid, g, unseen):
             _fill_by_shifts(M, grid, n, live.flatten(), unseen)
-            return _mirrored(M)
+            return mirrored(M)
     _fill_by_patches(M, grid, n)
-    return _mirrored(M)
+    return mirrored(M)
 
 
 def _fill_by_patches(M: Tensor, grid: Grid, n: int) -> None:
     """M, on and above its diagonal, from the patches of a few examples at a time."""
-    g, r, width = len(M), grid.rank, _width(n)
+    g, r = len(M), grid.rank
     products, sums = M[:, :n, :n], M[:, :n, n:]
     order = (*range(1 + r, 3 + 2 * r), *range(1 + r))  # (g, c, *kernel, N, *outputs)
     for pixels in grid.pixels.split(max(1, BUFFER // (grid.positions * g * n * M.element_size()))):
@@ -54,8 +52,7 @@ def _fill_by_patches(M: Tensor, grid: Grid, n: int) -> None:
             a = windows.reshape(-1, g, n).permute(1, 2, 0)
         else:
             a = windows.permute(order).reshape(g, n, -1)
-        for i in range(0, n, width):
-            _add_product(products[:, i : i + width, i:], a[:, i : i + width], a[:, i:])
+        add_moment(products, a)
         if sums.numel():
             sums.add_(a.sum(-1, keepdim=True))
 
@@ -76,7 +73,7 @@ def _shifts_pay(grid: Grid, g: int, unseen: Tensor) -> bool:
     shifts = (prod(2 * k - 1 for k in grid.kernel) + 1) // 2
     borders = int(unseen.sum(1) @ torch.arange(K, 0, -1))  # at most
     narrow = (shifts * prod(grid.extent) + borders) * C * (C // g + ENTRY)
-    wide = grid.positions * K * C * ((n + _width(n)) / 2 + ENTRY)
+    wide = grid.positions * K * C * ((n + width_of(n)) / 2 + ENTRY)
     return N * narrow + APART * n**2 * g + CALL * CALLS * K * (K + 1) / 2 < N * wide
 
 
@@ -104,37 +101,12 @@ def _fill_by_shifts(M: Tensor, grid: Grid, n: int, live: Tensor, unseen: Tensor)
         met = live.roll(-f)  # past the end of an example lies the next
         T = M.new_zeros(g, c, c)
         if bool((live & met).any()):
-            _add_product(T, X.permute(1, 2, 0), Y.permute(1, 2, 0))
+            add_product(T, X.permute(1, 2, 0), Y.permute(1, 2, 0))
         for p, q in same:
             border = (unseen[p] & met).nonzero()[:, 0]
             block = T.clone()
             if len(border):
                 left, right = (Z.unflatten(0, (N, size)).index_select(1, border).flatten(0, 1) for Z in (X, Y))
-                _add_product(block, left.permute(1, 2, 0), right.permute(1, 2, 0), -1)
+                add_product(block, left.permute(1, 2, 0), right.permute(1, 2, 0), -1)
             blocks[:, :, p, :, q] = block
             blocks[:, :, q, :, p] = block.mT
-
-
-def _add_product(total: Tensor, X: Tensor, Y: Tensor, scale: int = 1) -> None:
-    """total += scale X Yᵀ, a group at a time: (g, w, rows) twice and (g, w, w)."""
-    if total.shape[-1] >= NARROW:
-        total.baddbmm_(X, Y.mT, alpha=scale)
-        return
-    for x, y in zip(X.split(PIECE, dim=2), Y.split(PIECE, dim=2), strict=True):
-        total.add_(x @ y.mT, alpha=scale)
-
-
-def _mirrored(M: Tensor) -> Tensor:
-    """M, from what it holds on and above its diagonal."""
-    width = _width(M.shape[-1])
-    for i in range(0, M.shape[-1], width):
-        j = i + width
-        square = M[:, i:j, i:j].triu()
-        M[:, i:j, i:j] = square + square.triu(1).mT
-        M[:, j:, i:j] = M[:, i:j, j:].mT
-    return M
-
-
-def _width(n: int) -> int:
-    """Rows of a panel, of n: about as many in each, so that the last is not narrow."""
-    return -(-n // max(1, n // PANEL))

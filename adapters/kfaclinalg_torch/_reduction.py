@@ -89,7 +89,7 @@ def _side(statistic: Any, block: Block, i: int, scale: float, form: Form, team: 
     statistic.unpool()
     statistic.fold(block)
     sums = statistic.sums.get(block)
-    M = None if sums is None else sums.G if i else sums.A
+    M = None if sums is None else sums.whole().G if i else sums.whole().A
     if not isinstance(M, Tensor):
         return torch.zeros(form.shape, dtype=statistic.dtype, device=team.device)
     return scale**2 * M if i else M

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,20 @@ class Rows(NamedTuple):
         return Rows(a, c * self.g.sum(1, keepdim=True), self.mask.any(1, keepdim=True), self.complete)
 
 
-def rows_of(statistic: Statistic, block: Dense, uses: Sequence[tuple[Use, Tensor]]) -> Rows | None:
-    """Those of the uses that are the block's; None where there are none, or of several numbers of examples."""
+def rows_of(
+    statistic: Statistic,
+    block: Dense,
+    uses: Sequence[tuple[Use, Tensor]],
+    inputs: Callable[[Use, Tensor, int], Tensor] | None = None,
+) -> Rows | None:
+    """Those of the uses that are the block's; None where there are none, or of several numbers of examples.
+
+    `inputs(use, x, N)` is what stands for a: those of the block, or a linear function of them.
+    """
     found = []
     for use, g in (pair for pair in uses if pair[0].block is block):
         N, (x, s) = use.examples(), use.pair(g, statistic.dtype)
-        a = block.inputs(x, N)
+        a = block.inputs(x, N) if inputs is None else inputs(use, x, N)
         if use.mask is None:
             mask = a.new_ones(a.shape[:2], dtype=torch.bool)
         else:
@@ -48,5 +56,5 @@ def rows_of(statistic: Statistic, block: Dense, uses: Sequence[tuple[Use, Tensor
         found.append((a, block.outputs(x, s, N), mask))
     if len({len(a) for a, _, _ in found}) != 1:
         return None
-    a, g, mask = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    a, g, mask = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return Rows(a, g, mask, all(use.mask is None for use, _ in uses))

@@ -13,6 +13,7 @@ from ._blocks import Dense
 from ._layer import Layer
 from ._rows import rows_of
 from ._statistics import Statistic
+from ._use import Use
 
 BUFFER = 2**22  # entries of the gradients of single examples at once
 
@@ -38,24 +39,47 @@ def mean_squares(
 
 
 def squared_gradients(statistic: Statistic, block: Dense, Q_A: Any, Q_G: Any) -> Tensor | None:
-    """Σ (Q_Gᵀ ∇W Q_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n)."""
+    """Σ (Q_Gᵀ ∇W Q_A)² over the examples, elementwise, ∇W being the gradient of one example: (..., m, n).
+
+    The gradients of examples with one position each are never formed: of g aᵀ it is (Q_Gᵀ g)² ((Q_Aᵀ a)²)ᵀ.
+    """
     total: Any = None
     for draws in _by_pass(statistic):
-        a: Any = None
+        turned = Turned(block, Q_A)
         alone: Any = None  # Σ of the squares of g over the draws, of examples with one position each
         for pairs in draws:
-            if (rows := rows_of(statistic, block, pairs)) is None:
+            if (rows := rows_of(statistic, block, pairs, turned)) is None:
                 continue
             rows = rows.reduced() if statistic.sharing[block.name] == "reduce" else rows
-            a = projected(rows.a, Q_A) if a is None else a
-            g = projected(rows.g, Q_G)
+            a, g = turned.rows(rows.a), projected(rows.g, Q_G)
             if a.shape[-2] == 1:
                 alone = _plus(alone, g[..., 0, :].square())
             else:
                 total = _plus(total, _summed_squares(a, g))
         if alone is not None:
-            total = _plus(total, alone.mT @ a[..., 0, :].square())
+            total = _with_product(total, alone.mT, a[..., 0, :].square())
     return total
+
+
+class Turned:
+    """The inputs of a pass along the eigenvectors of A: of each use once, for all draws of the targets.
+
+    Where W is one matrix they come turned, so that no column of ones need be put beside them; otherwise they are turned
+    as rows.
+    """
+
+    def __init__(self, block: Dense, Q: Any) -> None:
+        self.block, self.Q = block, Q
+        self._early = len(block.shape) == 2 and isinstance(Q, Tensor)
+        self._known: dict[int, Tensor] = {}
+
+    def __call__(self, use: Use, x: Tensor, N: int) -> Tensor:
+        if id(use) not in self._known:
+            self._known[id(use)] = self.block.projected(x, N, self.Q) if self._early else self.block.inputs(x, N)
+        return self._known[id(use)]
+
+    def rows(self, a: Tensor) -> Tensor:
+        return a if self._early else projected(a, self.Q)
 
 
 def projected(x: Tensor, Q: Any) -> Tensor:
@@ -74,7 +98,14 @@ def _by_pass(statistic: Statistic) -> Iterable[list[Any]]:
 
 
 def _plus(x: Tensor | None, y: Tensor) -> Tensor:
-    return y if x is None else x + y
+    return y if x is None else x.add_(y)
+
+
+def _with_product(total: Tensor | None, X: Tensor, Y: Tensor) -> Tensor:
+    """X Y, added to what there is in its place."""
+    if total is None:
+        return X @ Y
+    return total.addmm_(X, Y) if X.ndim == 2 else total.add_(X @ Y)
 
 
 def _summed_squares(a: Tensor, g: Tensor) -> Any:

@@ -15,16 +15,9 @@ from ._blocks import LARGEST, Block, Dense, Rows, second_moment
 from ._entries import Entries
 from ._masks import spread
 from ._reduction import shared
+from ._sums import Sums
 from ._team import ALONE, Team
 from ._use import Pass, Use
-
-
-class Sums(NamedTuple):
-    """Σ a aᵀ and of how many rows, Σ g gᵀ."""
-
-    A: Any
-    rows: int
-    G: Any
 
 
 class Work(NamedTuple):
@@ -90,8 +83,11 @@ class Statistic:
             self._rows[block] = use, g
         else:
             self.fold(block)
-            A, rows = block.input_moment(x, N, use.mask) if draw == 0 else (0.0, 0)
-            self.add_sums(block, A, rows, block.output_moment(x, s, N))
+            if sums := self.sums.get(block):
+                sums.show(block, x, s, N, use.mask, draw)
+            else:
+                A, rows = block.input_moment(x, N, use.mask) if draw == 0 else (None, 0)
+                self.add_sums(block, A, rows, block.output_moment(x, s, N))
 
     def add_entries(self, block: Entries, g: Tensor) -> None:
         """The gradient of a parameter in the sum of the losses of passes that it `saw`."""
@@ -126,9 +122,11 @@ class Statistic:
         self.unpool()
         N = self.examples
         found: dict[str, LayerFactors | Held] = {
-            block.name: LayerFactors(_as_side(A.to(self.dtype) / r), _as_side(scale**2 * G.to(self.dtype) / max(N, 1)))
-            for block, (A, r, G) in self.sums.items()
-            if r
+            block.name: LayerFactors(
+                _as_side(sums.A.to(self.dtype) / sums.rows), _as_side(scale**2 * sums.G.to(self.dtype) / max(N, 1))
+            )
+            for block, sums in ((block, sums.whole()) for block, sums in self.sums.items())
+            if sums.rows
         }
         for block, (use, g) in self._rows.items():
             x, s = use.pair(g, self.dtype)
@@ -141,7 +139,8 @@ class Statistic:
         self.complete()
         self.uses = {}
         if device is not None:
-            self.sums = {block: Sums(_to(A, device), rows, _to(G, device)) for block, (A, rows, G) in self.sums.items()}
+            for sums in self.sums.values():
+                sums.move(device)
 
     def complete(self) -> None:
         """All that was shown is in the sums."""
@@ -152,7 +151,7 @@ class Statistic:
     def unpool(self) -> None:
         """Into the sums with what was pooled."""
         for (block, *_, draw), (a, g, positions) in self._pooled.items():
-            pooled, count = _mean_moment(block, a, positions) if draw == 0 else (0.0, 0)
+            pooled, count = _mean_moment(block, a, positions) if draw == 0 else (None, 0)
             self.add_sums(block, pooled, count, second_moment(g))
         self._pooled = {}
 
@@ -171,11 +170,11 @@ class Statistic:
             N, (x, s) = use.examples(), use.pair(g, self.dtype)
             self.add_sums(block, *block.input_moment(x, N), block.output_moment(x, s, N))
 
-    def add_sums(self, block: Block, A: Tensor | float, rows: int, G: Tensor) -> None:
-        if old := self.sums.get(block):
-            device = old.G.device
-            A, rows, G = old.A + _to(A, device), old.rows + rows, old.G + _to(G, device)
-        self.sums[block] = Sums(A, rows, G)
+    def add_sums(self, block: Block, A: Any, rows: int, G: Any) -> None:
+        if sums := self.sums.get(block):
+            sums.add(A, rows, G)
+        else:
+            self.sums[block] = Sums(A, rows, G)
 
     def _pool(self, key: Any, pooled: tuple[Tensor, Any], g: Tensor) -> None:
         a, positions = pooled
@@ -189,10 +188,6 @@ def _mean_moment(block: Rows, a: Tensor, positions: Any) -> tuple[Tensor, int]:
         return block.pooled_moment(a / positions), len(a)
     a = a / spread(positions.clamp(min=1), a.ndim)
     return block.pooled_moment(a), int((positions > 0).sum())
-
-
-def _to(M: Any, device: torch.device) -> Any:
-    return M.to(device) if isinstance(M, Tensor) else M
 
 
 def _as_side(M: Tensor) -> Any:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kfaclinalg_torch import _panels
 from kfaclinalg_torch import _patch_moments as module_under_test
 from kfaclinalg_torch._patch_moments import patch_moment
 from kfaclinalg_torch._patches import matrix_of_weight, mean_patches, patches, rows, weight_of_matrix
@@ -251,7 +252,7 @@ def test_patches_that_do_not_overlap_agree_with_unfold(kernel, options, groups, 
 @pytest.mark.parametrize("panel", [1, 4, 5, 128])
 def test_a_moment_of_several_panels_is_whole(panel, shifts, bias, monkeypatch):
     choose(monkeypatch, shifts)
-    monkeypatch.setattr(module_under_test, "PANEL", panel)
+    monkeypatch.setattr(_panels, "PANEL", panel)
     module = nn.Conv2d(32, 1, 3, padding=1)
     x = torch.randint(-9, 10, (2, 32, 5, 4), dtype=torch.float64)
     assert torch.equal(patch_moment(module, x, bias), moment_of(patches(module, x, bias)))
