@@ -6,6 +6,7 @@ A structure makes of the averaged factors what is `fitted` to them in a refresh,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from . import _checks, _network
@@ -125,10 +126,16 @@ def structure_of(structure: Any, norm: str = "trace") -> Any:
     """
     if isinstance(structure, str):
         _checks.check_choice("structure", structure, SHORT)
-        return SHORT[structure](norm)
+        return _short(structure, norm)
     missing = [name for name in ("linked", "observes", "fitted", "inverse") if not hasattr(structure, name)]
     if missing or isinstance(structure, type):
         raise TypeError(f"structure is {structure!r}, expected one of {', '.join(map(repr, SHORT))} or a `Structure`")
     if norm != "trace":
         raise ValueError(f"pi_norm is {norm!r} beside structure {structure!r}, which has a norm of its own")
     return structure
+
+
+@cache
+def _short(name: str, norm: str) -> Any:
+    """One value for all that ask, several times in each step."""
+    return SHORT[name](norm)

@@ -41,3 +41,8 @@ def test_a_wrong_option_is_named(name, value, expected):
         KFACOptions(**{name: value}).checked()
     assert str(error.value) == f"{name} is {value!r}, expected {expected}"[: len(str(error.value))]
     assert expected in str(error.value)
+
+
+def test_a_short_form_is_one_value_for_all_steps():
+    assert KFACOptions().structure_value is KFACOptions(damping=2.0).structure_value
+    assert KFACOptions(pi_norm="spectral").structure_value.norm == "spectral"
