@@ -7,7 +7,9 @@ routine has one body in the array API's terms; another one stands here where a m
 |---|---|---|---|---|---|
 | product, moment, updated_moment | x | | | | |
 | shifted | | x | | | |
-| cholesky, inverse, solve, general_inverse, completed | x | x | | | |
+| cholesky, solve, general_inverse, completed | x | x | | | |
+| inverse | x | x | x | | |
+| trace | | | x | | |
 | inverse_of_factor | | x | | | |
 | forward_substitution, back_substitution | x | x | x | x | x |
 | substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | |
@@ -49,6 +51,7 @@ from .routines import (
     shifted,
     solve,
     substituted,
+    trace,
     updated_moment,
 )
 from .scalars import array_beside, beside, count, in_double, in_dtype, is_finite, scalar, weight, where
@@ -93,6 +96,7 @@ __all__ = [
     "left_singular",
     "log_abs_det",
     "logdet",
+    "trace",
     "may_read",
     "moment",
     "namespace_of",

@@ -109,7 +109,7 @@ def inverse_of_factor(L: Array) -> Array:
     return symmetrised(K.mT @ K)
 
 
-@routine(single=single.inverse, torch=frameworks.inverse_by_torch)
+@routine(single=single.inverse, torch=frameworks.inverse_by_torch, jax=frameworks.inverse_by_jax)
 def inverse(M: Array, shift: Scalar = 0.0) -> Array:
     """(M + shift I)⁻¹, exactly symmetric."""
     return definite_inverse(damped(M, shift), inverse_of_factor(cholesky(M, shift)))
@@ -132,6 +132,12 @@ def inverse_root(M: Array, p: float) -> Array:
     positive = w[..., 0] > UNCERTAIN * b.eps * w[..., -1]  # of either sign
     K = Q * kept(positive, w, 1)[..., None, :] ** (-0.5 / p)
     return symmetrised(K @ K.mT)
+
+
+@routine(jax=frameworks.trace_by_jax)
+def trace(M: Array) -> Array:
+    """tr M (...)."""
+    return namespace_of(M).linalg.trace(M)
 
 
 @routine(single=single.logdet)

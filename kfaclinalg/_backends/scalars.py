@@ -43,7 +43,7 @@ def _is_of_jax(x: Any) -> bool:
 
 def is_number(x: Any) -> TypeGuard[float]:
     """Whether it is Python's, or is one of NumPy's numbers; of a float without the detour of an abstract class."""
-    return isinstance(x, float) or isinstance(x, Real)
+    return isinstance(x, (float, Real))
 
 
 def scalar(
