@@ -61,8 +61,8 @@ class Transformation:
         groups = self.plan(_by_name(params)).groups
         averages = tuple(group.zeros() for group in groups)
         inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
-        zero = jnp.zeros((), jnp.int32)
-        return PreconditionState(zero, zero, zero, averages, inverses)
+        step, taken, rejected = (jnp.zeros((), jnp.int32) for _ in range(3))  # one array cannot be donated twice
+        return PreconditionState(step, taken, rejected, averages, inverses)
 
     def update(
         self,

@@ -102,6 +102,17 @@ def test_it_composes_and_compiles_once(compose):
     assert step._cache_size() == 1
 
 
+def test_a_step_may_be_given_its_state():
+    """Every array of it once: one that came twice could not be donated."""
+    net, params, x, y = network()
+    tx = optax.chain(precondition(net), optax.sgd(0.3, momentum=0.9))
+    _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+    step = jax.jit(lambda state: tx.update(gradient, state, params, statistics=statistics), donate_argnums=0)
+    given = tx.init(params)
+    step(given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
 def test_what_is_masked_is_left_alone():
     net, params, x, y = network()
     tx = optax.masked(precondition(net), {"W": True, "b": True, "V": False, "c": False})
