@@ -24,11 +24,15 @@ class Rows(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What was seen at the sites, for N examples, and the dtype of the factors by the layer's name."""
+    """What was seen at the sites, for N examples, and the dtype of the factors by the layer's name.
+
+    A layer that is `reduced` shows one row for each example: the mean of a over its positions, and the sum of g.
+    """
 
     seen: Mapping[Any, Any]
     N: int
     dtypes: Mapping[str, Any]
+    reduced: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, traced: Any, seen: Mapping[Any, Any]) -> Shown:
@@ -40,11 +44,15 @@ class Shown(NamedTuple):
         if use.is_table:
             return found
         found = [a.astype(self.dtypes[layer.name]) for a in found]
-        return [jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1) if use.has_bias else a for a in found]
+        found = [jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1) if use.has_bias else a for a in found]
+        if layer.name not in self.reduced:
+            return found
+        return [sum(a.sum(-2, keepdims=True) for a in found) / sum(a.shape[-2] for a in found)]
 
     def outputs(self, layer: Layer, use: Use, g: Mapping[Any, Any]) -> list[Any]:
         """g of each site of a use."""
-        return [site.outputs(g[site.path], self.N).astype(self.dtypes[layer.name]) for site in use.sites]
+        found = [site.outputs(g[site.path], self.N).astype(self.dtypes[layer.name]) for site in use.sites]
+        return [sum(g.sum(-2, keepdims=True) for g in found)] if layer.name in self.reduced else found
 
     def slopes(self, layer: Layer, g: Mapping[Any, Any]) -> Any:
         """The gradient of each example with respect to scale and shift (*stack, N, entries, 1 or 2)."""
@@ -77,8 +85,11 @@ class Shown(NamedTuple):
         inputs = self.inputs(layer, use)
         rows = sum(prod(a.shape[-3:-1]) for a in inputs)
         if use.is_table:
-            counted: Any = sum(_counts(a, layer.shape[-2 if use.turned else -1], layer.stack) for a in inputs)
-            return counted.astype(self.dtypes[layer.name]) / rows
+            alone = layer.name in self.reduced
+            n, stack = layer.shape[-2 if use.turned else -1], layer.stack + alone
+            counted: Any = sum(_counts(a, n, stack) for a in inputs)
+            counted = counted.astype(self.dtypes[layer.name]) / (rows // self.N if alone else rows)
+            return jnp.square(counted).mean(-2) if alone else counted
         return sum(map(_summed, inputs)) / rows
 
 

@@ -13,9 +13,10 @@ from ._estimators import Empirical, estimator_of
 from ._gradients import gradient_of_rows
 from ._likelihoods import likelihood_of
 from ._moments import Shown
+from ._sharing import reduced_of
 from ._sites import wide
 from ._statistics import Statistics, statistics_of
-from ._traced import Traced, example_axes
+from ._traced import Traced, example_axes, shape_of
 
 KEPT = ("moments", "rows")
 
@@ -36,6 +37,8 @@ class Network:
         example: `(params, *inputs)`, arrays or `jax.ShapeDtypeStruct`: what f is called with.
         estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
             itself; `ExactFisher()`, "exact": the expectation over them; `Empirical()`, "empirical": of the loss itself.
+        weight_sharing: of a layer that is used at many positions of an example, "expand" takes each position by itself,
+            "reduce" the mean input and the summed gradient of the example; or a mapping of layers to settings.
         keep: what statistics hold, "moments", or "rows" too, which the structure "eigen" needs.
         axis_name: of the mesh, in `shard_map`, where the examples are divided over the devices; the example is then a
             device's own part, and the loss, the gradient and the moments are the means over them. None elsewhere: `jit`
@@ -67,6 +70,7 @@ class Network:
         *,
         example: Any,
         estimator: Any = "sampled",
+        weight_sharing: Any = "expand",
         keep: str = "moments",
         axis_name: str | None = None,
     ) -> None:
@@ -78,12 +82,13 @@ class Network:
             raise ValueError(f"keep is {keep!r}, expected one of {', '.join(map(repr, KEPT))}")
         self.f, self.likelihood, self.keep, self.axis_name = f, likelihood_of(likelihood), keep, axis_name
         self.estimator = estimator_of(estimator, self.likelihood)
-        params, *inputs = jax.tree.map(_shape_of, tuple(example))
+        params, *inputs = jax.tree.map(shape_of, tuple(example))
         self.params, self.inputs = params, tuple(inputs)  # shapes
         self._examples = example_axes(f, params, inputs)
         self.example = Traced(f, params, inputs, self._examples)
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
         self.skipped = self.example.assembly.skipped
+        self.reduced = reduced_of(weight_sharing, self.example.assembly.layers)
         if not self.layers:
             listed = "; ".join(f"{name}: {why}" for name, why in self.skipped.items())
             raise ValueError(f"f has no layer, expected one at least. Skipped: {listed or 'nothing, params are empty'}")
@@ -102,7 +107,7 @@ class Network:
             ValueError: x and y do not fit, f has other layers at this batch, or the key is missing.
         """
         inputs = x if isinstance(x, tuple) else (x,)
-        if key is None and not (isinstance(self.estimator, Empirical) and not _has_entries(self.example)):
+        if key is None and not (isinstance(self.estimator, Empirical) and not self.example.has_entries):
             raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
         found = versions.without_explicit_axes(
             self._measured, lambda spec: (spec(None), jax.tree.map(spec, params), spec(None)), params, inputs, y, key
@@ -123,9 +128,9 @@ class Network:
         def back(cotangent: Any) -> Any:
             return pull(jax.tree.map(lambda g, z: g.astype(z.dtype), cotangent, outputs))
 
-        gradient, shown = back(first)
-        if isinstance(self.estimator, Empirical) and not _has_entries(traced):
-            draws, slopes = 1, jax.tree.map(lambda g: traced.N * g, (gradient, shown))
+        gradient, slopes_of_loss = back(first)
+        if isinstance(self.estimator, Empirical) and not traced.has_entries:
+            draws, slopes = 1, jax.tree.map(lambda g: traced.N * g, (gradient, slopes_of_loss))
 
             def drawn(draw: Any) -> Any:
                 return slopes
@@ -137,9 +142,8 @@ class Network:
             def drawn(draw: Any) -> Any:
                 return back(self.estimator.cotangent(self.likelihood, numbers, y, draw, here))
 
-        statistics = statistics_of(
-            traced, Shown(seen, traced.N, traced.dtypes), self.keep, draws, drawn, self.axis_name
-        )
+        shown = Shown(seen, traced.N, traced.dtypes, self.reduced)
+        statistics = statistics_of(traced, shown, self.keep, draws, drawn, self.axis_name)
         return loss, jax.tree.unflatten(tree, gradient), statistics
 
     def _over_devices(self, loss: Any, gradient: Any, statistics: Statistics) -> tuple[Any, Any, Statistics]:
@@ -190,11 +194,3 @@ class Network:
                 norm = jnp.linalg.norm(true)
                 errors[layer.name] = jnp.linalg.norm(came - true) / jnp.where(norm == 0, 1, norm)
         return errors
-
-
-def _has_entries(traced: Traced) -> bool:
-    return any(layer.kind == "entries" for layer in traced.assembly.layers)
-
-
-def _shape_of(x: Any) -> Any:
-    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))

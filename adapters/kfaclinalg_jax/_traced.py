@@ -39,6 +39,11 @@ class Traced:
             for layer in layers
         }
 
+    @property
+    def has_entries(self) -> bool:
+        """Whether any parameter is left to the fallback."""
+        return any(layer.kind == "entries" for layer in self.assembly.layers)
+
     def probes(self) -> dict[Path, Any]:
         return {path: jnp.zeros(site.probe, site.dtype) for path, site in self.sites.items()}
 
@@ -57,6 +62,11 @@ class Traced:
         """What f returns, and what was seen at the sites."""
         outs, seen = run(self.jaxpr, self.consts, [*leaves, *jax.tree.leaves(inputs)], self.plan, probes)
         return jax.tree.unflatten(self.tree, outs), seen
+
+
+def shape_of(x: Any) -> Any:
+    """The shape and dtype of an array."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def name_of(path: Any) -> str:
