@@ -113,6 +113,26 @@ def test_a_step_may_be_given_its_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
 
 
+def test_a_step_without_statistics_is_one_where_none_is_due():
+    """And what is not used of `value_grad_and_statistics` is not computed."""
+    net, params, x, y = network()
+    tx = optax.chain(precondition(net, statistics_period=4), optax.sgd(0.3, momentum=0.9))
+
+    def step(params, state, key, takes):
+        _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+        updates, state = tx.update(gradient, state, params, statistics=statistics if takes else None)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, static_argnames="takes")
+    always, sometimes = (params, tx.init(params)), (params, tx.init(params))
+    for i in range(9):
+        key = jax.random.key(i)
+        always, sometimes = step(*always, key, True), step(*sometimes, key, i % 4 == 0)
+        jax.tree.map(np.testing.assert_allclose, sometimes, always)
+    flops = [step.lower(*always, KEY, takes).compile().cost_analysis()["flops"] for takes in (False, True)]
+    assert flops[0] < flops[1]
+
+
 def test_what_is_masked_is_left_alone():
     net, params, x, y = network()
     tx = optax.masked(precondition(net), {"W": True, "b": True, "V": False, "c": False})
