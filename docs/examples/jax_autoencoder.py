@@ -4,11 +4,13 @@
     python docs/examples/jax_autoencoder.py --quick    # under a minute
 
 The two see the same mini-batches in the same order. Adam's rate is the best of five, K-FAC's options are the defaults,
-with the rate and momentum that its page names. Picture: build/figures/jax_autoencoder.png.
+with the rate and momentum that its page names. Where kfac-jax is installed, with a JAX on which it runs (0.9), it is
+drawn too, its λ, rate and momentum adapted by itself. Picture: build/figures/jax_autoencoder.png.
 """
 
 import argparse
 import time
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,6 +68,29 @@ def train(tx, net, digits, iterations, label):
     return errors, time.perf_counter() - start
 
 
+def train_kfac_jax(digits, iterations):
+    """The same by kfac-jax, which compiles its step itself and asks for the loss to be registered."""
+    import kfac_jax
+
+    def loss(params, x):
+        z = autoencoder(params, x)
+        kfac_jax.register_sigmoid_cross_entropy_loss(z, x)
+        return optax.sigmoid_binary_cross_entropy(z, x).sum(1).mean()
+
+    adaptive = {f"use_adaptive_{name}": True for name in ("learning_rate", "momentum", "damping")}
+    options = {"l2_reg": 0.0, "initial_damping": 1.0, "num_burnin_steps": 0, "multi_device": False}
+    optimizer = kfac_jax.Optimizer(jax.value_and_grad(loss), **options, **adaptive)
+    error = jax.jit(lambda params, x: jnp.square(jax.nn.sigmoid(autoencoder(params, x)) - x).sum(1).mean())
+    params, rng, key, errors, start = initial(0), np.random.default_rng(0), jax.random.key(1), [], 0.0
+    state = optimizer.init(params, key, digits[:BATCH])
+    for i in tqdm(range(iterations), desc="kfac-jax", leave=False):
+        x = digits[rng.integers(len(digits), size=BATCH)]
+        errors.append(float(error(params, x)))
+        params, state, _ = optimizer.step(params, state, jax.random.fold_in(key, i), batch=x, global_step_int=i)
+        start = start or time.perf_counter()
+    return errors, time.perf_counter() - start
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20 iterations, and one rate of Adam")
@@ -78,6 +103,11 @@ def main():
     adam = {rate: train(optax.adam(rate), net, digits, iterations, f"Adam {rate}") for rate in rates}
     best = min(rates, key=lambda rate: np.mean(adam[rate][0][-10:]))
     runs = {f"Adam, {best:g}": adam[best], "K-FAC + SGD, 0.3": train(kfac, net, digits, iterations, "K-FAC")}
+    if find_spec("kfac_jax"):
+        try:
+            runs["kfac-jax, adaptive"] = train_kfac_jax(digits, iterations)
+        except (AttributeError, ImportError, TypeError) as error:  # of a JAX that it does not know
+            print(f"kfac-jax does not run here: {type(error).__name__}: {error}")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for label, (errors, seconds) in runs.items():
         smooth = np.convolve(errors, np.ones(10) / 10, "valid")
