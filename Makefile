@@ -20,7 +20,7 @@ unexport PYTHONPATH PYTHONHOME
 
 FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
-FIGURES += jax_autoencoder jax_variational_monte_carlo distributed_autoencoder
+FIGURES += jax_autoencoder jax_transformer jax_variational_monte_carlo distributed_autoencoder
 
 .PHONY: help demo race figures $(FIGURES) test oldest newest jax interop gpu gpu-dry lint docs site gallery dist bench performance plots clean
 .DEFAULT_GOAL := help
