@@ -17,6 +17,7 @@ import kfaclinalg_jax
 import kfaclinalg_torch
 from kfaclinalg import Schedule, kfac_report
 from kfaclinalg_jax import KFAC, Network
+from kfaclinalg_jax._problem import NetworkProblem, Weights
 
 N, SIZES, KEY = 32, (8, 8, 8, 8), jax.random.key(0)
 WHOLE = {"statistics_fraction": 1.0, "curvature_fraction": 1.0}
@@ -172,6 +173,23 @@ def test_every_kind_of_layer_is_stepped(name):
     held, state, info = kfac.step(held, state, x, y, KEY)
     assert kfac_report(info).refused == ""
     assert net.likelihood.loss(f(held, x), y) < 0.95 * before
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+def test_the_change_of_the_loss_is_exact_in_float32(size):
+    """The difference of two passes has only the digits of h, and none of a change of 1e-5."""
+    net = Network(f, "bernoulli", example=jax.tree.map(lambda a: a.astype(jnp.float32), (params(), X)))
+    weights, keys = Weights(net), jax.random.split(KEY, 3)
+    x = jnp.asarray(X, jnp.float32)
+    start = weights.of(net_params := jax.tree.map(lambda a: a.astype(jnp.float32), params()))
+    end = tuple(W + size * jax.random.normal(k, W.shape, W.dtype) for k, W in zip(keys, start, strict=True))
+    problem = NetworkProblem(net, weights, (x, x, KEY), made().options, 1.0)
+    h, _ = problem.loss_and_gradient(start)
+    came = problem.loss(end) - h
+    moved = weights.params(end)
+    double = [jax.tree.map(lambda a: a.astype(jnp.float64), p) for p in (net_params, moved)]
+    before, after = (net.likelihood.loss(f(p, x.astype(jnp.float64)), x.astype(jnp.float64)) for p in double)
+    assert abs(came - (after - before)) <= 1e-5 * abs(after - before)
 
 
 def test_tau2_grows_where_the_model_misleads():
