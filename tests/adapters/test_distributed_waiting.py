@@ -148,7 +148,7 @@ WHATS = {
     "fsdp owner": COMMON | {"the rows of the gradients"},
     "KFAC": {
         *("the start of a step", "the sizes of the parts", "the random numbers", "the gradient", "the factors"),
-        *("the counts of the statistics", "the statistics", "the inverses", "the curvature"),
+        *("the counts of the statistics", "the statistics", "the inverses", "the curvature", "the loss"),
     },
 }
 
