@@ -107,9 +107,13 @@ def share(x: float) -> str:
 
 
 def write_page(path: Path, runs: list[Run], rows: list[list[str]]) -> None:
+    """The page, and beside it the picture of each task."""
     with matplotlib.rc_context(STYLE):
         tasks = [task for task in TASKS if any(run.task == task for run in runs)]
-        figures = "\n".join(embed(draw(task, best_runs(runs, task)), caption(task)) for task in tasks)
+        drawn = {task: draw(task, best_runs(runs, task)) for task in tasks}
+        for task, figure in drawn.items():
+            figure.savefig(path.with_name(f"race_{task}.png"), dpi=150)
+        figures = "\n".join(embed(figure, caption(task)) for task, figure in drawn.items())
     text = PAGE.format(
         title="The race",
         verdict="Each method with the best of four learning rates or dampings; medians over the seeds, and ranges.",

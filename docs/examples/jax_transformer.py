@@ -1,6 +1,6 @@
 """A transformer of Flax nnx on characters: AdamW, and SGD behind K-FAC's preconditioner, at the best of three rates.
 
-    python docs/examples/jax_transformer.py            # half an hour on one core
+    python docs/examples/jax_transformer.py            # six minutes on one core
     python docs/examples/jax_transformer.py --quick    # about a minute
 
 The text is the source of Python's own library; the last tenth is held out. All runs see the same mini-batches in the

@@ -3,7 +3,7 @@
     make figures && .venv/bin/python docs/examples/store_gallery.py
 
 Each becomes a WebP of at most 1,400 pixels in docs/_static/gallery; a table beside them names the command, the day of
-the picture, the processor and the versions.
+the picture, the processor and the versions. What has not been drawn since stays as it is stored.
 """
 
 import argparse
@@ -28,6 +28,10 @@ COMMANDS = {
     "figure_9": "make progress_against_batch",
     "figure_10": "make training_curves ARGS='--seconds 60'",
     "figure_11": "make training_curves ARGS='--seconds 60'",
+    "race_autoencoder": "make race ARGS='--tasks autoencoder'",
+    "race_transformer": "make race ARGS='--tasks transformer'",
+    "jax_transformer": "make jax_transformer",
+    "influence": "make influence",
 }
 
 
@@ -46,22 +50,27 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", type=Path, default=ROOT / "build" / "figures", help="where they are")
+    folders = [ROOT / "build" / "figures", ROOT / "build" / "race"]
+    parser.add_argument("--figures", type=Path, nargs="+", default=folders, help="where they are")
     parser.add_argument("--out", type=Path, default=OUT, help="where they go")
     parser.add_argument("--quick", action="store_true", help="into build/gallery, for a test of the script")
     args = parser.parse_args()
     out = ROOT / "build" / "gallery" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
-    rows = ["| picture | command | made on |", "|---|---|---|"]
+    made, heading = out / "made.md", "| picture | command | made on | with one thread of |\n|---|---|---|---|\n"
+    rows = dict.fromkeys(COMMANDS, "")
+    if made.exists():
+        rows |= {row.split("|")[1].strip().replace(" ", "_"): row for row in made.read_text("utf-8").splitlines()[2:]}
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}"
     for name, command in tqdm(COMMANDS.items(), unit="picture"):
-        source = args.figures / f"{name}.png"
-        if not source.exists():
-            raise SystemExit(f"{source} is not there: {command}")
-        store(source, out / f"{name}.webp")
-        day = datetime.fromtimestamp(source.stat().st_mtime, UTC).date()
-        rows.append(f"| {name.replace('_', ' ')} | `{command}` | {day} |")
-    machine = f"{processor()}, one thread; Python {platform.python_version()}, NumPy {np.__version__}"
-    (out / "made.md").write_text("\n".join(rows) + f"\n\n{machine}, torch {torch.__version__}.\n", encoding="utf-8")
+        sources = [path for folder in args.figures if (path := folder / f"{name}.png").exists()]
+        if sources:
+            store(sources[0], out / f"{name}.webp")
+            day = datetime.fromtimestamp(sources[0].stat().st_mtime, UTC).date()
+            rows[name] = f"| {name.replace('_', ' ')} | `{command}` | {day} | {processor()}; {versions} |"
+    if not any(rows.values()):
+        raise SystemExit(f"no picture is there: {', '.join(map(str, args.figures))}")
+    made.write_text(heading + "\n".join(filter(None, rows.values())) + "\n", encoding="utf-8")
     print(f"Pictures: {out}")
 
 
