@@ -141,7 +141,7 @@ def draw(task: str, methods: dict[str, list[Run]]) -> Figure:
     right.set(xlabel="seconds")
     mark_log_axis(left)
     named = {line.get_label(): line for line in left.get_lines()}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 7), frameon=False)
     return figure
 
 
