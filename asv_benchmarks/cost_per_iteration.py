@@ -55,11 +55,12 @@ def counts(T3: int, outer: bool) -> dict[str, float]:
     """How often an iteration runs each task on average.
 
     Every T2 iterations there are two more candidates for γ, each with an inverse of its own: as T3 divides T2 that
-    makes 1/T3 + 2/T2 inverses an iteration, where the paper's formula has (1 + 2/T2)/T3.
+    makes 1/T3 + 2/T2 inverses an iteration, where the paper's formula has (1 + 2/T2)/T3. h(θ + δ) is computed in each,
+    where the paper has it every T1.
     """
     T2 = second_period(T3)
     inverse, apply = 1 / T3 + 2 / T2, "outer" if outer else "dense"
-    once = {"gradient": 1.0, "statistics": 1.0, "update": 1.0, "forward": 1 / T1}
+    once = {"gradient": 1.0, "statistics": 1.0, "update": 1.0, "forward": 1.0}
     return once | {"inverse": inverse, apply: 1 + 2 / T2, "direction": 2 + 2 / T2}
 
 
