@@ -131,12 +131,17 @@ class Dense(Rows):
         return second_moment(self.outputs(x, g, N).flatten(0, 1))
 
     def add_input_moment(self, total: Tensor, x: Tensor, N: int, mask: Mask = None) -> int:
+        if type(self).input_moment is not Dense.input_moment:  # it has a moment of its own
+            return super().add_input_moment(total, x, N, mask)
         a = self._rows(x, N, mask)
         add_second_moment(total, a)
         return len(a)
 
     def add_output_moment(self, total: Tensor, x: Tensor, g: Tensor, N: int) -> None:
+        if type(self).output_moment is not Dense.output_moment:
+            return super().add_output_moment(total, x, g, N)
         add_second_moment(total, self.outputs(x, g, N).flatten(0, 1))
+        return None
 
     def _rows(self, x: Tensor, N: int, mask: Mask) -> Tensor:
         """a of all positions that count."""

@@ -67,11 +67,6 @@ class Convolution(Dense):
             return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R
         return self._ungrouped(patch_moment(self.module, x, bias), 0), len(x) * R
 
-    def add_input_moment(self, total: Tensor, x: Tensor, N: int, mask: Mask = None) -> int:
-        A, rows = self.input_moment(x, N, mask)
-        total.add_(A)
-        return rows
-
     def pooled_inputs(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, Any]:
         if mask is not None:
             return super().pooled_inputs(x, N, mask)

@@ -60,6 +60,50 @@ def test_tensors_that_a_block_keeps_are_not_written_to():
     assert torch.equal(TWO, 2 * torch.eye(2))
 
 
+class Weighted(Linear):
+    """A block of a user with moments of its own."""
+
+    def input_moment(self, x, N, mask=None):
+        A, rows = super().input_moment(x, N, mask)
+        return 2 * A, rows
+
+    def output_moment(self, x, g, N):
+        return 3 * super().output_moment(x, g, N)
+
+
+def test_the_moments_of_a_block_of_ones_own_are_those_of_every_batch():
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 4).double(), torch.randn(60, 5, dtype=torch.float64)
+    batches = list(zip(x.split(20), torch.zeros(60, dtype=torch.int64).split(20), strict=True))
+    rule = Rule(blocks=lambda name, module: [Weighted(name, module.weight, module.bias)])
+    own = fit_curvature(model, "categorical", batches, layers={nn.Linear: rule}, progress=False).layers[""]
+    usual = fit_curvature(model, "categorical", batches, progress=False).layers[""]
+    torch.testing.assert_close(own.A, 2 * usual.A, rtol=1e-14, atol=0)
+    torch.testing.assert_close(own.G, 3 * usual.G, rtol=1e-14, atol=1e-16)
+
+
+class Halved(Linear):
+    """A block of a user with inputs of its own."""
+
+    def inputs(self, x, N):
+        return super().inputs(x, N) / 2
+
+
+def test_the_inputs_of_a_block_of_ones_own_meet_the_eigenvectors():
+    """Of half the inputs and the ones the factor is a quarter, and so are the eigenvalues."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 4).double(), torch.randn(60, 5, dtype=torch.float64)
+    batches = list(zip(x.split(20), torch.zeros(60, dtype=torch.int64).split(20), strict=True))
+    rule = Rule(blocks=lambda name, module: [Halved(name, module.weight, module.bias)])
+    own, usual = (
+        fit_curvature(model, "categorical", batches, structure="eigen", estimator="exact", progress=False, **layers)
+        .operator.blocks[0]
+        .to_dense()
+        for layers in ({"layers": {nn.Linear: rule}}, {})
+    )
+    torch.testing.assert_close(own, usual / 4, rtol=1e-12, atol=1e-16)
+
+
 def test_the_size_of_the_batches_is_of_no_account():
     """As many steps as a data set has batches: no drift of a mean, and no rounding but that of a sum."""
     torch.manual_seed(0)
