@@ -109,7 +109,7 @@ class KFAC:
     def _iterate(
         self, params: Any, kfac: KFACState, batch: tuple[Any, Any, Any], schedule: Schedule, fraction: float
     ) -> tuple[Any, KFACState, StepInfo]:
-        problem = NetworkProblem(self.net, self.weights, batch, self.options, fraction)
+        problem = NetworkProblem(self.net, self.weights, batch, self.options, fraction, schedule.adapt)
         moved, kfac, info = kfac_iteration(problem, self.weights.of(params), kfac, self.options, schedule)
         return self.weights.params(moved), kfac, info
 

@@ -45,13 +45,20 @@ class Weights:
 class NetworkProblem:
     """h, ∇h, the factors and the exact Fisher's inner products of one mini-batch, inside a program.
 
-    `fraction` is τ2; the key is that of the sampled targets and of the subsets S1 and S2.
+    `fraction` is τ2; the key is that of the sampled targets and of the subsets S1 and S2. Where λ is `adapted` to it a
+    small change of h is worth two passes more.
     """
 
     def __init__(
-        self, net: Network, weights: Weights, batch: tuple[Any, Any, Any], options: KFACOptions, fraction: float
+        self,
+        net: Network,
+        weights: Weights,
+        batch: tuple[Any, Any, Any],
+        options: KFACOptions,
+        fraction: float,
+        adapted: bool = True,
     ) -> None:
-        self.net, self.weights, self.options, self.fraction = net, weights, options, fraction
+        self.net, self.weights, self.options, self.fraction, self.adapted = net, weights, options, fraction, adapted
         x, self.targets, key = batch
         self.inputs = x if isinstance(x, tuple) else (x,)
         self.sampling, self.of_S1, self.of_S2 = jax.random.split(key, 3)
@@ -77,7 +84,7 @@ class NetworkProblem:
         instead, of which only δ itself is rounded, by Gauss' rule of two points: its error falls as δ does.
         """
         after = self._loss(self._outputs(self.weights.params(weights), self.inputs))
-        if self.weights.dtype != jnp.float32:
+        if self.weights.dtype != jnp.float32 or not self.adapted:
             return after
         start, h = self._start
         slopes = [self._slope(start, weights, t) for t in GAUSS]

@@ -160,6 +160,20 @@ def test_a_step_has_the_matrix_products_of_the_algebra(fraction, forward):
     assert sum(min(map(int, shape)) > 2 for shape in products) == expected  # but for those of (α, μ)
 
 
+def test_only_where_lambda_is_adapted_are_slopes_taken_of_a_small_change():
+    """Two more passes of tangents in float32, and in the other steps none."""
+    held, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params(), jnp.asarray(X)))
+    kfac, layers = KFAC(Network(f, "bernoulli", example=(held, x)), **WHOLE), len(SIZES) - 1
+    step = partial(kfac._compiled.lower, held, kfac.init(held).kfac, (x, x, KEY), fraction=1.0)
+    usual, adapted = (
+        sum(min(map(int, shape)) > 2 for shape in re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", text))
+        for text in (step(schedule=Schedule(False, False, adapt)).compile().as_text() for adapt in (False, True))
+    )
+    whole = 2 * layers + (2 * layers - 1) + (layers - 1) + 4 * layers + 2 * (2 * layers - 1)  # as in float64
+    assert usual == whole
+    assert adapted == whole + 2 * (layers + 2 * layers - 1) - 1  # x δ of the first layer is that of both points
+
+
 @pytest.mark.parametrize("name", ["scanned_layers", "convolutions", "composed_weights"])
 def test_every_kind_of_layer_is_stepped(name):
     """Stacks, convolutions, scales, and what has no layer: the loss falls, and W goes back to where it was."""
