@@ -111,11 +111,10 @@ def inverse_by_jax(M: Tensor, shift: Scalar = 0.0) -> Tensor:
     from jax.lax.linalg import cholesky, triangular_solve
 
     b, n = backend_of(M), M.shape[-1]
-    M = symmetrised(M + per_member(shift) * b.eye(n))
-    L = cholesky(M, symmetrize_input=False)
+    L = cholesky(symmetrised(M + per_member(shift) * b.eye(n)), symmetrize_input=False)
     K = triangular_solve(*_alike(L, b.eye(n)), left_side=True, lower=True)
-    X = symmetrised(K.mT @ K)
-    return kept((noise(b.eps, n) * _diagonal(M) * _diagonal(X) < 1).all(-1), X)
+    X, d = symmetrised(K.mT @ K), _diagonal(M) + per_member(shift, 1)
+    return kept((noise(b.eps, n) * d * _diagonal(X) < 1).all(-1), X)
 
 
 def trace_by_jax(M: Tensor) -> Tensor:
@@ -124,8 +123,11 @@ def trace_by_jax(M: Tensor) -> Tensor:
 
 
 def _diagonal(M: Tensor) -> Tensor:
+    """As one equation: jax.numpy's own, and a slice with a stride, gather by indices that are computed first."""
+    from jax.lax import slice_in_dim
+
     n = M.shape[-1]
-    return M.reshape(*M.shape[:-2], n * n)[..., :: n + 1]
+    return slice_in_dim(M.reshape(*M.shape[:-2], n * n), 0, n * n, n + 1, axis=-1)
 
 
 def forward_by_cupy(L: Tensor, X: Tensor) -> Tensor:
