@@ -87,9 +87,13 @@ def write_page(
     verdict: str,
     settings: dict[str, str],
 ) -> None:
+    """The page, and beside it its first picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
+        error = error_picture(runs)
+        error.savefig(path.with_name("demo.png"), dpi=150)
         figures = [
-            (error_picture(runs), ERROR_CAPTION),
+            (error, ERROR_CAPTION),
             *((step_picture(run), STEP_CAPTION) for run in runs if has_report(run)),
             (digits_picture(runs, digits, labels), DIGITS_CAPTION),
         ]
@@ -103,7 +107,6 @@ def write_page(
         figures=images,
         settings=terms,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 

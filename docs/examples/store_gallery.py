@@ -28,10 +28,14 @@ COMMANDS = {
     "figure_9": "make progress_against_batch",
     "figure_10": "make training_curves ARGS='--seconds 60'",
     "figure_11": "make training_curves ARGS='--seconds 60'",
+    "demo": "make demo",
     "race_autoencoder": "make race ARGS='--tasks autoencoder'",
     "race_transformer": "make race ARGS='--tasks transformer'",
+    "race_gru": "make race ARGS='--tasks gru'",
+    "race_vit": "make race ARGS='--tasks vit'",
     "jax_transformer": "make jax_transformer",
     "influence": "make influence",
+    "distributed_autoencoder": "make distributed_autoencoder",
 }
 
 
@@ -50,7 +54,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folders = [ROOT / "build" / "figures", ROOT / "build" / "race"]
+    folders = [ROOT / "build" / name for name in ("figures", "race", "demo")]
     parser.add_argument("--figures", type=Path, nargs="+", default=folders, help="where they are")
     parser.add_argument("--out", type=Path, default=OUT, help="where they go")
     parser.add_argument("--quick", action="store_true", help="into build/gallery, for a test of the script")
