@@ -59,12 +59,17 @@ class _Linears(TorchFunctionMode):
     def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         s = f(*args, **(kwargs or {}))
         if f is functional.linear:
-            W = args[1]
+            x, W = _given(*args, **(kwargs or {}))
             if id(W) in self.names:
-                self.see(self.names[id(W)][1], args[0], s, None)
+                self.see(self.names[id(W)][1], x, s, None)
             elif id(W._base) in self.names:
                 stack, name = self.names[id(W._base)]
                 i, rest = divmod(W.storage_offset() - stack.storage_offset(), stack.stride(0))
                 if W.shape == stack.shape[1:] and W.stride() == stack.stride()[1:] and not rest:
-                    self.see(f"{name}.{i}", args[0], s, None)
+                    self.see(f"{name}.{i}", x, s, None)
         return s
+
+
+def _given(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
+    """Of the arguments of `functional.linear`, by whatever way they came."""
+    return input, weight

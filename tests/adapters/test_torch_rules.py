@@ -166,6 +166,26 @@ def test_experts_have_a_factor_for_each_matrix_of_a_stack():
     assert losses[-1] < 0.9 * losses[0]
 
 
+class Named(Experts):
+    """The same with weights that are given by name."""
+
+    def forward(self, x, which):
+        s = [functional.linear(weight=self.up[i], input=x[n : n + 1]) for n, i in enumerate(which)]
+        h = torch.tanh(torch.cat(s))
+        return torch.cat([functional.linear(h[n : n + 1], weight=self.down[i]) for n, i in enumerate(which)])
+
+
+def test_the_weights_of_experts_may_be_given_by_name():
+    torch.manual_seed(0)
+    model, x = Mixture(), (torch.randn(4, 3), torch.tensor([0, 2, 2, 1]))
+    expected = preconditioned(model, x).layers
+    model.experts.__class__ = Named
+    layers = preconditioned(model, x).layers
+    assert layers.keys() == expected.keys()
+    for name, layer in layers.items():
+        torch.testing.assert_close(tuple(layer), tuple(expected[name]), rtol=1e-10, atol=1e-14)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return super().forward(2 * x)
