@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 from weakref import WeakMethod
@@ -100,9 +101,8 @@ class Capture:
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         if self._shows and self._is_its_rule(site, module, output, args, kwargs):
-            given = dict(kwargs)
-            first = [given.pop("input")] if not args and "input" in given else []
-            x, *others = [*first, *args, *given.values()]
+            given = signature(module.forward).bind(*args, **kwargs) if kwargs else None
+            x, *others = (*given.args, *given.kwargs.values()) if given else args
             for block in site.blocks:
                 self._record(block, x, output, None, *others)
 

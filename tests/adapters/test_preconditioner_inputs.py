@@ -44,6 +44,16 @@ def test_a_keyword_may_come_before_the_input():
     assert set(preconditioner.layers) == {""}
 
 
+def test_two_keywords_may_come_in_any_order():
+    torch.manual_seed(0)
+    model, x, y = nn.Bilinear(2, 3, 2), torch.randn(4, 2), torch.randn(4, 3)
+    runs = [
+        same_as_plain(copy.deepcopy(model), call).layers
+        for call in (lambda m: m(x, y), lambda m: m(input2=y, input1=x))
+    ]
+    assert_same(*map(dense, runs))
+
+
 class Several(nn.Module):
     def __init__(self):
         torch.manual_seed(0)
