@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from ._blocks import Block
 from ._discovery import Site
 from ._masks import mask_of_block
-from ._use import Pass, Use, examples_of
+from ._use import Pass, Use, size_of
 from ._verdict import disagreement
 
 
@@ -89,7 +89,7 @@ class Capture:
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = self.mask_of(*args, **kwargs) if self.mask_of and not self.paused else None
-        self.now = Pass(self.now.number + 1, examples_of((args, kwargs)), mask)
+        self.now = Pass(self.now.number + 1, *size_of((args, kwargs)), mask)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: Any, returned: Any) -> None:
@@ -146,8 +146,9 @@ class Capture:
             self.empty.append(get_gradient_edge(output))
             return
         single = x.ndim < block.batched_ndim
-        if single:
-            x, self.now = x[None], self.now._replace(examples=1, mask=None)
+        if single and x.numel() == self.now.entries:  # the model's own input, and no vector that all examples share
+            self.now = self.now._replace(examples=1, mask=None)
+        x = x[None] if single else x
         of = self.now if self.now.examples else self.now._replace(examples=x.shape[0])
         with torch.no_grad():
             seen = block.seen(x.detach(), *others)

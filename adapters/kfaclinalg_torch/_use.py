@@ -15,10 +15,14 @@ from ._masks import counting, spread
 
 
 class Pass(NamedTuple):
-    """One forward pass of the model, over so many examples; the `mask` (N, ...) says which positions count."""
+    """One forward pass of the model, over so many examples, whose first input has so many entries.
+
+    The `mask` (N, ...) says which positions count.
+    """
 
     number: int
     examples: int
+    entries: int = 0
     mask: Tensor | None = None
 
     @property
@@ -55,11 +59,11 @@ class Use(NamedTuple):
         return x, torch.where(counts, g, 0.0)
 
 
-def examples_of(inputs: Any) -> int:
-    """The length of the first dimension of the first tensor; 0 where there is none."""
+def size_of(inputs: Any) -> tuple[int, int]:
+    """The length of the first dimension of the first tensor, and how many entries it has; 0 where there is none."""
     for x in tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence)):
         if isinstance(x, PackedSequence):
-            return int(x.batch_sizes[0])
+            return int(x.batch_sizes[0]), x.data.numel()
         if isinstance(x, Tensor) and x.ndim > 0:
-            return x.shape[0]
-    return 0
+            return x.shape[0], x.numel()
+    return 0, 0

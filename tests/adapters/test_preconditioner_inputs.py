@@ -150,6 +150,29 @@ def test_an_unbatched_image_is_a_batch_of_one():
     assert_near(runs[1], runs[0])
 
 
+class Conditioned(nn.Module):
+    """A layer sees one vector, which all examples share."""
+
+    def __init__(self, shape):
+        torch.manual_seed(0)
+        super().__init__()
+        self.shared, self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.vector = torch.linspace(0, 1, 3).reshape(shape)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.shared(self.vector) * self.layer(x)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_vector_that_all_examples_share_is_no_batch_of_one(estimator):
+    runs = []
+    for shape in ((1, 3), (3,)):
+        model = Conditioned(shape)
+        preconditioner = preconditioned(model, estimator)
+        runs.append((one_step(model, preconditioner, *batch()), dense(preconditioner.layers)))
+    assert_near(*runs)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.Hardtanh])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_an_activation_in_place(activation, estimator):
