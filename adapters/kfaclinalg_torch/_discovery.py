@@ -19,7 +19,7 @@ from ._table import Rule, rule_of
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FALLBACKS = ("diagonal", "none")
-FROZEN, SKIPPED = "frozen", "skipped by name"
+FROZEN, SKIPPED, SPARSE = "frozen", "skipped by name", "its gradient is sparse"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def _left(model: nn.Module, left: Mapping[Any, str], fallback: str) -> tuple[Any
     skipped: dict[str, str] = {}
     named = {name: p for name, p in model.named_parameters() if p in left}
     for name, p in named.items():
-        treated = fallback == "diagonal" and left[p] != SKIPPED and not is_lazy(p) and p.dtype in REAL
+        treated = fallback == "diagonal" and left[p] not in (SKIPPED, SPARSE) and not is_lazy(p) and p.dtype in REAL
         (diagonal if treated else skipped)[name] = left[p]
     return tuple(Layer(name, (Entries(name, named[name]),)) for name in diagonal), diagonal, skipped
 
@@ -145,6 +145,8 @@ def _reason(module: nn.Module, rule: Rule | None, own: Sequence[Tensor]) -> str:
         return f"this {kind} is not initialised: run the model once before"
     if any(p.dtype not in REAL for p in own):
         return f"this {kind} has parameters that are not real floating-point numbers"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        return SPARSE
     return f"no Kronecker factorisation of a {kind} is known" if rule is None else rule.reason(module)
 
 

@@ -94,15 +94,14 @@ def _recurrent(name: str, module: Any) -> Iterable[Block]:
             yield Linear(f"{name}.{suffix}".lstrip("."), weight, bias)
 
 
-def _sparse(module: Any) -> str:
-    sparse = module.sparse or module.scale_grad_by_freq
-    return "an Embedding with sparse gradients, or scaled by frequency" if sparse else ""
+def _scaled(module: Any) -> str:
+    return "an Embedding with gradients scaled by frequency" if module.scale_grad_by_freq else ""
 
 
 RULES: dict[type, Rule] = {
     nn.Linear: Rule(_linear),
     nn.Bilinear: Rule(_linear),
-    nn.Embedding: Rule(_embedding, reason=_sparse),
+    nn.Embedding: Rule(_embedding, reason=_scaled),
     **dict.fromkeys(CONVOLUTIONS, Rule(_convolution)),
     **dict.fromkeys(NORMS, Rule(_scale)),
     **dict.fromkeys(RECURRENT, Rule(_recurrent, recurrent.forward)),

@@ -101,6 +101,20 @@ def test_without_a_fallback_they_are_left_alone_and_listed():
     assert torch.equal(model.token, before)
 
 
+@pytest.mark.parametrize("embedding", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_sparse_gradient_is_left_alone(embedding, estimator):
+    """It is for an optimizer that knows such, beside the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(embedding(6, 4, sparse=True), nn.Flatten(), nn.LazyLinear(3))
+    x, y = torch.randint(6, (5, 2)), torch.randint(3, (5,))
+    model(x)
+    preconditioner = preconditioned(model, (x,), y, estimator)
+    assert preconditioner.skipped == {"0.weight": "its gradient is sparse"}
+    assert model[0].weight.grad.is_sparse
+    assert preconditioner.layers.keys() == {"2"}
+
+
 def test_frozen_parameters_are_listed():
     model = Token()
     model.token.requires_grad_(False)
