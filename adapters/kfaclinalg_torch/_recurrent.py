@@ -73,7 +73,8 @@ def _fits(module: Recurrent, input: Any, hx: Any) -> bool:
     if isinstance(input, PackedSequence):
         x, ndims = input.data, (2, 2)
     dtype = getattr(module, f"weight_{next(maps(module))}").dtype
-    if x.ndim not in ndims or x.shape[-1] != module.input_size or x.dtype != dtype or not x.numel():
+    known = x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+    if x.ndim not in ndims or x.shape[-1] != module.input_size or not known or not x.numel():
         return False
     hidden = [hx] if isinstance(hx, Tensor) else hx
     return hx is None or [h.shape for h in hidden] == _hidden_shapes(module, input)

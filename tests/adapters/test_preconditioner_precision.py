@@ -80,6 +80,33 @@ def test_the_factors_under_autocast_are_those_of_the_float32_pass_to_bfloat16_ro
     assert_near(came[0], came[1], c=5 * torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps)
 
 
+class Read(nn.Module):
+    """A recurrent layer of what a linear one gives, in bfloat16 under autocast."""
+
+    def __init__(self, kind):
+        torch.manual_seed(0)
+        super().__init__()
+        self.first, self.read, self.head = nn.Linear(4, 5), kind(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.read(self.first(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_under_autocast_is_still_one(kind):
+    x, came = torch.randn(64, 3, 4, generator=torch.Generator().manual_seed(0)), []
+    for enabled in (True, False):
+        preconditioner = preconditioned(model := Read(kind), "exact")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = model(x)
+            preconditioner.update(outputs)
+        functional.cross_entropy(outputs.float(), torch.zeros(64, dtype=torch.int64)).backward()
+        preconditioner.step()
+        assert preconditioner.fallback == {}
+        came.append(dense(preconditioner.layers))
+    assert_near(*came, c=10 * torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 def test_update_under_autocast_takes_the_same_statistic(weight_sharing):
     """The moments of bfloat16 activations are float32 sums, not bfloat16 products."""
