@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from inspect import signature
 from types import MethodType
@@ -85,6 +86,13 @@ class Capture:
             else:
                 vars(module)["forward"] = forward
         self._handles, self._replaced = [], []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        """That of a copied model is nobody's, and shows nothing."""
+        twin = memo[id(self)] = copy(self)
+        twin.removed = twin.paused = True
+        twin.uses, twin.empty = [], []
+        return twin
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

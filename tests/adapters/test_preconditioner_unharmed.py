@@ -14,6 +14,11 @@ from kfaclinalg_torch import KFACPreconditioner
 x, y = batch()
 
 
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x / 2)
+
+
 def step(model, preconditioner):
     model.zero_grad()
     outputs = model(x)
@@ -80,6 +85,32 @@ def test_what_nobody_holds_goes_and_its_hooks_with_it():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
         assert "forward" not in vars(module)
         module(*inputs)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_a_copy_of_the_model_shows_nothing(estimator):
+    """A target network, say, which is run with gradients between two passes of the model."""
+    runs = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Halved(4, 8), nn.PReLU(), nn.Linear(8, 3))
+        likelihood = None if estimator == "empirical" else "categorical"
+        with pytest.warns(UserWarning, match="diagonal"):
+            preconditioner = KFACPreconditioner(model, estimator=estimator, likelihood=likelihood)
+        twin = copy.deepcopy(model)
+        if copied:
+            twin(x).sum().backward()
+        with pytest.warns(UserWarning, match="a Halved is one of its own|this Halved is one of its own"):
+            outputs = model(x)
+            if copied:
+                twin(x).sum().backward()
+            if estimator == "exact":
+                preconditioner.update(outputs)
+            nn.functional.cross_entropy(outputs, y).backward()
+            preconditioner.step()
+        runs.append({name: p.grad for name, p in model.named_parameters()})
+        assert preconditioner.layers.keys() == {"0.weight", "0.bias", "1.weight", "2"}
+    assert all(torch.equal(g, runs[1][name]) for name, g in runs[0].items())
 
 
 @pytest.mark.parametrize("value", [[0.1], None, True, torch.tensor(0.1), "0.1", 1j], ids=repr)
