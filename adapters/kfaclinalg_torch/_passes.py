@@ -156,7 +156,7 @@ class Passes:
 
 
 def is_pair(x: Any) -> bool:
-    return isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor) and not is_pair(x[0])
+    return isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor)
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -291,6 +291,25 @@ def test_kfac_preconditions_conjugate_gradients(structure):
     np.testing.assert_allclose(*solutions, atol=1e-5 * np.linalg.norm(solutions[0]))
 
 
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, K)
+
+    def forward(self, one, other):
+        return self.layer(one + other)
+
+
+def test_a_model_of_two_inputs_takes_a_pair_of_them():
+    torch.manual_seed(0)
+    model, (one, other), y = Sum(), torch.randn(2, N, 4), torch.randint(K, (N,))
+    (expected,) = fit_curvature(model.layer, "categorical", (one + other, y), progress=False).factors.layers
+    for data in (((one, other), y), [((one, other), y)]):
+        curvature = fit_curvature(model, "categorical", data, progress=False)
+        assert all(map(torch.equal, curvature.layers["layer"], expected))
+        assert len(curvature.self_scores(data)) == len(curvature.variances(data)) == N
+
+
 def test_mistakes_are_refused():
     case = Case("mlp")
     curvature = case.fit()
