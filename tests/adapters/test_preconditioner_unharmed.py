@@ -100,14 +100,14 @@ def test_a_copy_of_the_model_shows_nothing(estimator):
         twin = copy.deepcopy(model)
         if copied:
             twin(x).sum().backward()
-        with pytest.warns(UserWarning, match="a Halved is one of its own|this Halved is one of its own"):
+        with pytest.warns(UserWarning, match="this Halved is one of its own"):
             outputs = model(x)
-            if copied:
-                twin(x).sum().backward()
-            if estimator == "exact":
-                preconditioner.update(outputs)
-            nn.functional.cross_entropy(outputs, y).backward()
-            preconditioner.step()
+        if copied:
+            twin(x).sum().backward()
+        if estimator == "exact":
+            preconditioner.update(outputs)
+        nn.functional.cross_entropy(outputs, y).backward()
+        preconditioner.step()
         runs.append({name: p.grad for name, p in model.named_parameters()})
         assert preconditioner.layers.keys() == {"0.weight", "0.bias", "1.weight", "2"}
     assert all(torch.equal(g, runs[1][name]) for name, g in runs[0].items())
