@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
 
+from ._blocks import Block
 from ._curvature import Curvature
-from ._entries import Entries
 from ._layer import Layer
 from ._likelihoods import Likelihood
 from ._links import chained, cross_moments
@@ -39,8 +39,9 @@ def fit_curvature(
     One pass over the data, in evaluation mode; for "eigen" a second one, for the mean squares of the gradients along
     the eigenvectors (EKFAC, George et al. 2018), of which nothing is kept but their sum. With the exact and the
     empirical estimator the result does not depend on the size or the order of the batches, but for rounding. What no
-    rule knows is seen one example at a time. Under `torch.distributed` each process brings its share of the data, and
-    all get the same; an error of one is everyone's, and "block-tridiagonal" is refused there.
+    rule knows, or sees no examples, as an embedding of positions, is seen one example at a time. Under
+    `torch.distributed` each process brings its share of the data, and all get the same; an error of one is everyone's,
+    and "block-tridiagonal" is refused there.
 
     Args:
         model, likelihood, structure, estimator: as of `KFACPreconditioner`; the empirical Fisher is of the targets of
@@ -89,52 +90,48 @@ class _Kept(Statistic):
 
 def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple[Factors, int]:
     """A and G of each layer, and of how many examples they are the means."""
-    probe = True
-    together, alone = _statistics(passes)
+    statistics: list[Statistic] = []  # of the blocks that show every example, and of the others
     with passes.team.agreed("A and G"):
         for piece in passes.pieces(loader):
-            if probe:  # what a first pass shows to be no layer
+            if not statistics:  # what a first pass shows to be no layer
                 passes.settle(piece)
-                (together, alone), probe = _statistics(passes), False
-            if together.all:
-                passes.take(together, piece)
-            for _, single in piece.chunks(1 if alone.all else len(piece)):
-                if alone.all:  # the square of the gradient of one example is seen where it is alone
-                    passes.take(alone, single)
-            for statistic in (together, alone):
+                statistics = _statistics(passes, passes.apart(piece))
+            for part, blocks in passes.parts(piece, passes.trained.found.blocks):
+                passes.take(next(one for one in statistics if blocks[0] in one.all), part)
+            for statistic in statistics:
                 statistic.settle(device)
     found: dict[str, Any] = {}
-    for statistic in (together, alone):
+    for statistic in statistics:
         found |= statistic.moments(1.0) if statistic.all else {}
     layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
-    _, (N,) = passes.team.sums([], [max(together.examples, alone.examples)], "A and G")
+    _, (N,) = passes.team.sums([], [max((one.examples for one in statistics), default=0)], "A and G")
     return Factors(layers), N
 
 
-def _statistics(passes: Passes) -> tuple[Statistic, Statistic]:
+def _statistics(passes: Passes, apart: set[Block]) -> list[Statistic]:
     """That of the blocks that show every example, and that of the others."""
-    blocks, sharing = passes.trained.found.blocks, passes.trained.sharing
-    alone = [block for block in blocks if isinstance(block, Entries)]
-    seen = [block for block in blocks if not isinstance(block, Entries)]
-    kept: Any = (sharing, passes.dtype, False, passes.team)
-    return Statistic(seen, *kept), Statistic(alone, *kept)
+    blocks, kept = passes.trained.found.blocks, (passes.trained.sharing, passes.dtype, False, passes.team)
+    return [Statistic([b for b in blocks if (b in apart) is alone], *kept) for alone in (False, True)]
 
 
 def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) -> tuple[KroneckerEigen, ...]:
     """The eigenvalues of each layer that shows its examples become the mean squares along its eigenvectors."""
     dense = {layer: F for layer, F in zip(passes.layers, spectra, strict=True) if layer.dense is not None}
-    sums, N = {layer: F.eigenvalues.new_zeros(F.eigenvalues.shape) for layer, F in dense.items()}, 0  # type: ignore[attr-defined]
+    sums = {layer: F.eigenvalues.new_zeros(F.eigenvalues.shape) for layer, F in dense.items()}  # type: ignore[attr-defined]
+    counts = dict.fromkeys(dense, 0)
     with passes.team.agreed("the eigenvalues"):
         for piece in passes.pieces(loader):
-            kept = _kept(passes, dense)
-            passes.take(kept, piece)
-            N += kept.examples
-            for layer, F in dense.items():
-                squares = squared_gradients(kept, layer.dense, F.Q_A, F.Q_B)  # type: ignore[arg-type]
-                if squares is not None:
-                    sums[layer] += squares.to(sums[layer].device)
-    summed, (N,) = passes.team.sums(list(sums.values()), [N], "the eigenvalues")
-    means = dict(zip(sums, (S / N for S in summed), strict=True))
+            for part, blocks in passes.parts(piece, [layer.blocks[0] for layer in dense]):
+                seen = [layer for layer in dense if layer.blocks[0] in blocks]
+                kept = _kept(passes, seen)
+                passes.take(kept, part)
+                for layer in seen:
+                    counts[layer] += passes.capture.now.counted
+                    squares = squared_gradients(kept, layer.dense, dense[layer].Q_A, dense[layer].Q_B)  # type: ignore[arg-type]
+                    if squares is not None:
+                        sums[layer] += squares.to(sums[layer].device)
+    summed, N = passes.team.sums(list(sums.values()), list(counts.values()), "the eigenvalues")
+    means = {layer: S / n for layer, S, n in zip(sums, summed, N, strict=True)}
     pairs = zip(passes.layers, spectra, strict=True)
     return tuple(KroneckerEigen(F.Q_A, F.Q_B, means[layer]) if layer in means else F for layer, F in pairs)
 
@@ -145,11 +142,13 @@ def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
     total: tuple[Link, ...] = ()
     N = 0
     for piece in passes.pieces(loader):
-        kept = _kept(passes, chain)
-        passes.take(kept, piece)
-        new = [Link(kept.examples * A, kept.examples * G) for A, G in cross_moments(kept, chain, 1.0)]
-        total = tuple(map(_sum, total, new)) if total else tuple(new)
-        N += kept.examples
+        shown = passes.apart(piece).isdisjoint(layer.blocks[0] for layer in chain)
+        for _, part in piece.chunks(len(piece) if shown else 1):
+            kept = _kept(passes, chain)
+            passes.take(kept, part)
+            new = [Link(kept.examples * A, kept.examples * G) for A, G in cross_moments(kept, chain, 1.0)]
+            total = tuple(map(_sum, total, new)) if total else tuple(new)
+            N += kept.examples
     return tuple(Link(link.A / N, link.G / N) for link in total)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from kfaclinalg import Diagonal, KroneckerEigen, OuterProduct
 
 from ._blocks import Dense
-from ._entries import Entries
 from ._layer import Layer
 from ._passes import Passes
 from ._use import Use
@@ -39,13 +38,14 @@ def gradients_of(layer: Layer, pairs: Sequence[tuple[Use, Tensor]], N: int, dtyp
 
 def by_layer(passes: Passes, piece: Any, cotangents: Any) -> Iterator[list[Gradients]]:
     """For each cotangent the gradients of the piece's examples, a layer at a time."""
-    entries = [layer for layer in passes.layers if isinstance(layer.blocks[0], Entries)]
+    shared = passes.apart(piece)
+    single = [layer for layer in passes.layers if not shared.isdisjoint(layer.blocks)]
     apart: list[dict[Any, Tensor]] = []
-    if entries:  # parameters whose gradients are seen one example at a time
-        apart = [dict(zip(entries, alone, strict=True)) for alone in _alone(passes, piece, cotangents, entries)]
+    if single:  # layers whose gradients are seen one example at a time
+        apart = [dict(zip(single, alone, strict=True)) for alone in _alone(passes, piece, cotangents, single)]
     for k, (pairs, N) in enumerate(passes.slopes(piece, cotangents)):
         yield [
-            apart[k][layer] if layer in entries else gradients_of(layer, pairs, N, passes.dtype)
+            apart[k][layer] if layer in single else gradients_of(layer, pairs, N, passes.dtype)
             for layer in passes.layers
         ]
 
@@ -130,14 +130,16 @@ def _turned(x: Any, Q: Any) -> Tensor:
     return x if isinstance(Q, Diagonal) else x @ Q
 
 
-def _alone(passes: Passes, piece: Any, cotangents: Any, entries: Sequence[Layer]) -> list[list[Tensor]]:
-    """For each cotangent the gradients (N, entries, 1) of parameters that no rule knows."""
+def _alone(passes: Passes, piece: Any, cotangents: Any, layers: Sequence[Layer]) -> list[list[Tensor]]:
+    """For each cotangent the gradients (N, ..., m, n) of layers that do not show the examples."""
     found: list[list[list[Tensor]]] = []
+    parameters = list({p for layer in layers for p in layer.parameters})
     for _, single in piece.chunks(1):
         outputs, _, likelihood = passes.shown(single)
         rows = []
         for v in cotangents(likelihood, outputs, single):
-            slopes = torch.autograd.grad(outputs, [layer.parameters[0] for layer in entries], v, retain_graph=True)
-            rows.append([g.detach().to(passes.dtype).reshape(-1, 1) for g in slopes])
+            slopes = torch.autograd.grad(outputs, parameters, v, retain_graph=True, materialize_grads=True)
+            of = dict(zip(parameters, slopes, strict=True))
+            rows.append([layer.matrix(of.__getitem__).detach().to(passes.dtype) for layer in layers])
         found.append(rows)
     return [[torch.stack(examples) for examples in zip(*column, strict=True)] for column in zip(*found, strict=True)]

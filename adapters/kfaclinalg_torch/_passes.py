@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._batch import Batch
+from ._blocks import Block
 from ._capture import Capture
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._entries import Entries
@@ -68,6 +69,7 @@ class Passes:
         self.team = Team(group, self.device)
         self.generator = generator or new_generator(self.device)
         self.mask, self.outputs, self.chunk_size = mask, outputs, chunk_size
+        self._apart: set[Block] | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -132,12 +134,36 @@ class Passes:
         with torch.enable_grad():
             self.trained.probe(piece, lambda returned: tensor_of(self.outputs, returned))
 
+    def apart(self, piece: Batch) -> set[Block]:
+        """The blocks that show no examples: parameters that no rule knows, and what sees the same rows of two as of
+        one, as an embedding of positions does."""
+        if self._apart is None:
+            single = next(piece.chunks(1))[1]
+            both = torch.utils._pytree.tree_map(lambda x: torch.cat([x, x]), single.inputs)
+            mask_of, self.capture.mask_of = self.capture.mask_of, None
+            one, two = (
+                {(use.block, len(use.inputs)) for use in self.shown(of)[1] if not use.block.scattered}
+                for of in (single, Batch(both, torch.cat([single.targets] * 2)))
+            )
+            self.capture.mask_of = mask_of
+            self._apart = {block for block, _ in one & two} | set(self.trained.found.entries)
+        return self._apart
+
+    def parts(self, piece: Batch, blocks: Iterable[Block]) -> Iterator[tuple[Batch, list[Block]]]:
+        """The piece, with the blocks that show its examples; then each example alone, with the others."""
+        apart, blocks = self.apart(piece), list(blocks)
+        if seen := [block for block in blocks if block not in apart]:
+            yield piece, seen
+        if others := [block for block in blocks if block in apart]:
+            for _, single in piece.chunks(1):
+                if self.mask is None or bool(single.call(self.mask).any()):  # type: ignore[arg-type]
+                    yield single, others
+
     def take(self, statistic: Statistic, piece: Batch) -> None:
         """A statistic of the gradients at the outputs that the estimator takes."""
         outputs, uses, likelihood = self.shown(piece)
         leaves = {block.parameter: block.parameter for block in statistic.all if isinstance(block, Entries)}
-        if leaves:
-            uses = []
+        uses = [use for use in uses if use.block in statistic.all]
         gather(statistic, uses, leaves, outputs, self.cotangents(likelihood, outputs, piece), self.capture.now)
 
     def cotangents(self, likelihood: Likelihood, outputs: Tensor, piece: Batch) -> Iterator[Tensor]:

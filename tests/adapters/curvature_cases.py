@@ -34,6 +34,19 @@ class Words(nn.Module):
         return self.last(torch.tanh(self.mix(self.embed(x))).sum(1))
 
 
+class Placed(nn.Module):
+    """Words at positions, of which an embedding and a linear layer know, and no example."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place, self.turn = nn.Embedding(7, 5), nn.Embedding(3, 5), nn.Linear(3, 5)
+        self.last = nn.Linear(5, K)
+
+    def forward(self, x):
+        where = self.place(torch.arange(3)) + self.turn(torch.eye(3, dtype=self.last.weight.dtype))
+        return self.last(torch.tanh(self.embed(x) + where).sum(1))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, K))
 
@@ -42,6 +55,7 @@ MODELS = {
     "mlp": (mlp, lambda: torch.randn(N, 5)),
     "everything": (Everything, lambda: torch.randn(N, 1, 6, 6)),
     "words": (Words, lambda: torch.randint(7, (N, 3))),
+    "placed": (Placed, lambda: torch.randint(7, (N, 3))),
 }
 
 

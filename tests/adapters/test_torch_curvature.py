@@ -291,6 +291,24 @@ def test_kfac_preconditions_conjugate_gradients(structure):
     np.testing.assert_allclose(*solutions, atol=1e-5 * np.linalg.norm(solutions[0]))
 
 
+def test_links_to_what_shows_no_examples_do_not_depend_on_the_size_of_the_batches():
+    case = Case("placed")
+    (one,), (other,) = (case.fit(size=size, structure="block-tridiagonal").factors.links for size in (1, 7))
+    close(other.A, one.A)
+    close(other.G, one.G)
+
+
+def test_an_example_of_which_nothing_counts_adds_nothing_where_each_is_seen_alone():
+    case = Case("placed")
+    case.x[0] = 6
+    counts = lambda x: x != 6  # noqa: E731
+    some = [(x, y) for x, y in case.loader(1) if bool(counts(x).any())]
+    one = case.fit(mask=counts)
+    other = fit_curvature(case.model, "categorical", some, mask=counts, progress=False)
+    assert one.examples == other.examples == len(some) < N
+    close(one.operator.to_dense(), other.operator.to_dense())
+
+
 class Sum(nn.Module):
     def __init__(self):
         super().__init__()
