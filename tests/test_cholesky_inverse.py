@@ -102,6 +102,17 @@ def test_a_member_is_alone_in_its_failure(b):
     np.testing.assert_array_equal(U, np.stack([np.ones((2, 3)), np.full((2, 3), np.nan)]))
 
 
+@every_backend
+def test_a_tiny_member_does_not_stop_the_others(b):
+    """LAPACK's LU takes it for singular: its second pivot is the product of the two, which underflows."""
+    tiny = float(np.finfo(b.dtype).tiny)
+    t, x = tiny**0.6, 10 * tiny
+    L = np.stack([np.eye(2), [[t, 0.0], [1.0, t]]])
+    U = b.numpy(CholeskyInverse(b.array(L)) @ b.array([[0.0], [x]]))
+    expected = [[[0.0], [x]], [[-x / t / t / t], [x / t / t]]]
+    np.testing.assert_allclose(U, expected, rtol=testing.solve_bound(2, b.eps))
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("of_x", ["C", "F", "strided"])
 def test_every_order_in_memory(order, of_x):
