@@ -33,14 +33,14 @@ def update_factors(
     >>> update_factors(old, [np.asarray([[2.0]])], [np.asarray([[0.0]])], decay=0.75).layers[0]
     LayerFactors(A=array([[1.75]]), G=array([[0.75]]))
     """
-    b = _moments.check_batch(inputs, output_gradients)
+    inputs, output_gradients = _moments.check_batch(inputs, output_gradients)
     if old is not None:
         held = _arrays("old", old)
         _backends.resolve(**{"inputs[0]": inputs[0]}, **held)
         came, expected = [tuple(M.shape) for M in held.values()], _moments.shapes(inputs, output_gradients, old.links)
         if came != expected:
             raise ValueError(f"old has shapes {came}, expected {expected}, those of the batch")
-    epsilon = _backends.weight(b, "decay", decay)
+    epsilon = _backends.weight(_backends.backend_of(inputs[0]), "decay", decay)
     if old is None or (isinstance(epsilon, float) and epsilon == 1):  # what a zero multiplies no rank-N update reads
         new = batch_factors(inputs, output_gradients, links=old is not None and old.links != ())
         return moving_average(old, new, decay=epsilon)

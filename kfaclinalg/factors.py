@@ -110,7 +110,7 @@ def batch_factors(
            [2., 1.]]), G=array([[2.]]))
     """
     _checks.check_flag("links", links)
-    _moments.check_batch(inputs, output_gradients)
+    inputs, output_gradients = _moments.check_batch(inputs, output_gradients)
     moment = _backends.moment
     layers = tuple(LayerFactors(moment(a), moment(g)) for a, g in zip(inputs, output_gradients, strict=True))
     return Factors(layers, tuple(Link(*pair) for pair in _moments.links(inputs, output_gradients)) if links else ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from numbers import Real
 from operator import add
@@ -84,13 +84,13 @@ def inner_products(directions: Sequence[Sequence[Any]], others: Sequence[Sequenc
         if (came := [tuple(X.shape) for X in e.values()]) != expected:
             raise ValueError(f"{next(iter(e))}, ... have shapes {came}, expected {expected}, those of directions[0]")
 
-    def product(d: Sequence[Any], e: Sequence[Any]) -> Any:
+    def product(d: Iterable[Any], e: Iterable[Any]) -> Any:
         return reduce(add, (b.xp.sum(X * Y, dtype=b.widest) for X, Y in zip(d, e, strict=True)))
 
     rows: list[list[Any]] = []
-    for i, d in enumerate(directions):
-        known = [row[i] for row in rows] if directions is others else []  # a Gram matrix is symmetric
-        rows.append([*known, *(product(d, e) for e in others[len(known) :])])
+    for i, d in enumerate(ds):
+        known = [row[i] for row in rows] if ds is es else []  # a Gram matrix is symmetric
+        rows.append([*known, *(product(d.values(), e.values()) for e in es[len(known) :])])
     return b.xp.stack([b.xp.stack(row) for row in rows])
 
 

@@ -162,6 +162,13 @@ def test_mistakes_are_refused(call, message):
         call()
 
 
+def test_sequences_may_be_of_one_pass():
+    a, g = (np.random.default_rng(seed).standard_normal((2, 5, 3)) for seed in (0, 1))
+    expected = batch_factors([*a], [*g])
+    for found in (batch_factors(iter(a), iter(g)), update_factors(None, iter(a), iter(g), decay=0.5)):
+        np.testing.assert_array_equal(found.layers[1].G, expected.layers[1].G)
+
+
 def test_mixed_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"output_gradients\[0\] has dtype float32, expected float64"):
         batch_factors([ONE], [ONE.astype(np.float32)])

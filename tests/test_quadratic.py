@@ -134,6 +134,11 @@ def test_inner_products_over_layers(b):
     assert float(gram[0, 1]) == float(gram[1, 0]) == pytest.approx(flat[0] @ flat[1], abs=100 * b.eps)
 
 
+def test_inner_products_of_what_is_passed_once():
+    x = np.arange(4.0).reshape(2, 2)
+    assert inner_products(iter([iter([x])]), iter([iter([x])])) == 14
+
+
 def test_inner_products_accumulate_in_float64():
     x = np.full((1, 1_000_000), 0.1, dtype=np.float32)
     assert inner_products([(x,)], [(x,)])[0, 0] == pytest.approx(float(x[0, 0] * x[0, 0]) * 1e6, rel=1e-12)
