@@ -5,6 +5,8 @@ Outer products stay factored where that takes fewer flops. The dimensions betwee
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Any, TypeAlias
 
 from . import _backends, _checks
@@ -70,6 +72,16 @@ def inner(U: Matrices, V: Matrices) -> Array:
         return _of_factors(U, V)
     x, y = (_flat(_dense(W)) for W in (U, V))
     return _backends.product(x, y.mT)
+
+
+def summed(grams: dict[str, Array]) -> Array:
+    """The sum of those of the layers, which must count as many matrices."""
+    first = next(iter(grams.values()))
+    for at, x in grams.items():
+        if x.shape[-2:] != first.shape[-2:]:
+            came, expected = (tuple(y.shape[-2:]) for y in (x, first))
+            raise ValueError(f"{at}: U and V hold {came} matrices, expected {expected}, as for the first layer")
+    return reduce(add, grams.values())
 
 
 def narrowed(x: Array, V: Matrices) -> Array:

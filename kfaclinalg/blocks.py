@@ -71,7 +71,7 @@ class BlockDiagonal(Value):
         """
         held = _checks.items("Us", Us, len(self.blocks))
         pairs = zip(held, _blocks.matched(self.blocks, Vs), strict=True)
-        return reduce(add, (_checks.named(at, block.gram, U, V) for U, (at, block, V) in pairs))
+        return _gram.summed({at: _checks.named(at, block.gram, U, V) for U, (at, block, V) in pairs})
 
     def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""
@@ -152,9 +152,12 @@ class BlockTridiagonalInverse(Value):
 
         The flops of `apply` for the q on the right, and Σ 2 p q m n.
         """
-        us, vs = (_checks.items(name, Ws, len(self.Lambda)) for name, Ws in (("Us", Us), ("Vs", Vs)))
-        applied = self.apply([V.to_dense() if isinstance(V, OuterProduct) else V for V in vs])
-        return reduce(add, (_gram.inner(U, W) for U, W in zip(us, applied, strict=True)))
+        b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
+        held = list(zip(_checks.items("Us", Us, len(self.Lambda)), _blocks.matched(self.Lambda, Vs), strict=True))
+        pairs = [_checks.named(at, _gram.operands, block, b, U, V, {at: ()}) for U, (at, block, V) in held]
+        applied = self.apply([V.to_dense() if isinstance(V, OuterProduct) else V for _, V in pairs])
+        found = (_gram.inner(U, W) for (U, _), W in zip(pairs, applied, strict=True))
+        return _gram.summed({at: _gram.narrowed(x, V) for x, (_, (at, _, V)) in zip(found, held, strict=True)})
 
     def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""

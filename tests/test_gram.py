@@ -175,5 +175,21 @@ def test_mistakes_are_refused(op):
         BlockDiagonal((op, op)).gram((U,), (U, U))
     with pytest.raises(ValueError, match=r"Vs\[1\]: V has shape"):
         BlockDiagonal((op, op)).gram((U, U), (U, np.ones((P, 1, N))))
+    with pytest.raises(ValueError, match=r"Vs\[1\]: U and V hold \(1, 5\) matrices, expected \(5, 5\)"):
+        BlockDiagonal((op, op)).gram((U, U[:1]), (U, U))
     with pytest.raises(TypeError, match=r"members\[0\] is a"):
         DirectSum(U)
+
+
+def test_mistakes_beside_the_block_tridiagonal_inverse_are_refused():
+    a, g = np.random.default_rng(0).standard_normal((2, 2, 9, 2))
+    inverse, U = block_tridiagonal_inverse(batch_factors([*a], [*g], links=True), 0.1), np.ones((P, 2, 2))
+    for W, error, what in (
+        (np.ones((2, 2)), ValueError, r"Vs\[1\]: U has shape \(2, 2\), expected \(p, 2, 2\)"),
+        (np.ones((P, 4, 1)), ValueError, r"U has shape \(5, 4, 1\)"),
+        (np.ones((Q, 2, 2)), ValueError, r"U and V hold \(2, 5\) matrices, expected \(5, 5\)"),
+        (U.astype(np.float32), TypeError, "U has dtype float32"),
+        (torch.ones(P, 2, 2), TypeError, "U is an array of"),
+    ):
+        with pytest.raises(error, match=what):
+            inverse.gram((U, W), (U, U))
