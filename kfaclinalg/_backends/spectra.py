@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import blas, lapack
 
-from .members import UNCERTAIN
+from .members import UNCERTAIN, noise
 from .triangles import Matrix, eps, lower_half, mirrored, nan, of_dtype
 
 
@@ -34,20 +34,24 @@ def inverse_root(M: Matrix, p: float) -> Matrix:
 
 def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
     """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric."""
-    X, Y = lower_half(M), lower_half(N)
-    if not (np.isfinite(X).all() and np.isfinite(Y).all()):
-        return nan(M, M.shape), nan(M, M.shape[:1])
-    s, K, info = of_dtype(lapack, M, "sygvd")(Y, X, uplo="L", overwrite_a=1, overwrite_b=1)
-    return (K, s) if info == 0 and np.isfinite(s).all() else (nan(M, M.shape), nan(M, M.shape[:1]))
+    s, K = _sygvd(M, N, "V")
+    return (K, s) if np.isfinite(s).all() else (nan(M, M.shape), nan(M, M.shape[:1]))
 
 
 def pencil_values(M: Matrix, N: Matrix) -> Matrix:
     """s alone."""
-    X, Y = lower_half(M), lower_half(N)
-    if not (np.isfinite(X).all() and np.isfinite(Y).all()):
-        return nan(M, M.shape[:1])
-    s, _, info = of_dtype(lapack, M, "sygvd")(Y, X, uplo="L", jobz="N", overwrite_a=1, overwrite_b=1)
-    return s if info == 0 else nan(M, M.shape[:1])
+    return _sygvd(M, N, "N")[0]
+
+
+def _sygvd(M: Matrix, N: Matrix, jobz: str) -> tuple[Matrix, Matrix]:
+    """s and K, if `jobz` is "V"; s is NaN where there are none."""
+    X, Y = np.asfortranarray(lower_half(M)), lower_half(N)
+    if np.isfinite(X).all() and np.isfinite(Y).all():
+        d = X.diagonal().copy()
+        s, K, info = of_dtype(lapack, M, "sygvd")(Y, X, uplo="L", jobz=jobz, overwrite_a=1, overwrite_b=1)
+        if info == 0 and (X.diagonal() ** 2 > noise(eps(M), len(M)) * d).all():  # X is the Cholesky factor by now
+            return s, K
+    return nan(M, M.shape[:1]), Y
 
 
 def _syevd(X: Matrix) -> tuple[Matrix, Matrix]:
