@@ -132,7 +132,10 @@ def tensor_of(outputs: Any, returned: Any) -> Tensor:
         found = outputs(returned)
     else:
         is_name = isinstance(outputs, str) and not isinstance(returned, Mapping)
-        found = getattr(returned, outputs) if is_name else returned[outputs]
+        try:
+            found = getattr(returned, outputs) if is_name else returned[outputs]
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"outputs={outputs!r} is nothing of the {type(returned).__name__} that came") from error
     if not isinstance(found, Tensor):
         raise ValueError(
             f"outputs is a {type(found).__name__}, expected a tensor: say with outputs= which of what the model "

@@ -234,3 +234,10 @@ def test_what_is_no_tensor_asks_for_outputs():
         preconditioner.update(model(torch.randn(6, 4)))
     with pytest.raises(ValueError, match="say with outputs="):
         KFAC(model, "categorical").step(torch.randn(6, 4), torch.randint(3, (6,)))
+
+
+@pytest.mark.parametrize("outputs", ["missing", 7])
+@pytest.mark.parametrize("kind", ["record", "dictionary", "tuple"])
+def test_outputs_that_are_not_there_are_named(kind, outputs):
+    with pytest.raises(ValueError, match=f"outputs={outputs!r} is nothing of the"):
+        KFAC(Record(kind), "categorical", outputs=outputs).step(torch.randn(6, 4), torch.randint(3, (6,)))
