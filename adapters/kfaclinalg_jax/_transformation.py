@@ -152,7 +152,8 @@ class Transformation:
             )
         if self.control.kl_clip is None:
             return found
-        kappa, lr = (x(step) if callable(x) else x for x in (self.control.kl_clip, self.control.kl_lr or 1.0))
+        kappa, lr = (x(step) if callable(x) else x for x in (self.control.kl_clip, self.control.kl_lr))
+        lr = 1.0 if lr is None else lr
         factor = jnp.minimum(1.0, jnp.sqrt(kappa / (lr**2 * agreement)))
         return {name: (factor * u).astype(u.dtype) for name, u in found.items()}
 

@@ -83,6 +83,8 @@ COMPOSITIONS = {
     "MultiSteps": lambda net: optax.MultiSteps(optax.chain(precondition(net), optax.sgd(0.3)), 2),
     "inject_hyperparams": lambda net: optax.chain(
         optax.inject_hyperparams(precondition)(net, damping=optax.linear_schedule(1.0, 0.1, 10)), optax.sgd(0.1)),
+    "inject_hyperparams of the clip": lambda net: optax.chain(
+        optax.inject_hyperparams(precondition)(net, damping=0.1, kl_clip=1e-2, kl_lr=0.1), optax.sgd(0.1)),
     "apply_if_finite": lambda net: optax.apply_if_finite(optax.chain(precondition(net), optax.adamw(1e-2)), 3),
     "a damping that falls": lambda net: optax.chain(
         precondition(net, damping=lambda k: Relative(0.5 / (1.0 + k))), optax.sgd(0.3, momentum=0.9, nesterov=True)),
