@@ -39,7 +39,8 @@ class Assembly:
         for leaf in range(len(names)):
             if leaf not in taken:
                 self.reasons.setdefault(leaf, "no output depends on it")
-                self.layers.append(entries(names[leaf], leaf, int(np.prod(shapes[leaf], dtype=int))))
+                if size := int(np.prod(shapes[leaf], dtype=int)):
+                    self.layers.append(entries(names[leaf], leaf, size))
         self.layers.sort(key=lambda layer: layer.leaves[0])
         self.skipped = {names[leaf]: why for leaf, why in sorted(self.reasons.items())}
 

@@ -39,7 +39,8 @@ class Weights:
         found: dict[int, Any] = {}
         for layer, W in zip(self.layers, weights, strict=True):
             found |= layer.back(W, shapes)
-        return jax.tree.unflatten(self.tree, [found[i].astype(x.dtype) for i, x in enumerate(self.leaves)])
+        leaves = [found.get(i, jnp.zeros(shapes[i])).astype(x.dtype) for i, x in enumerate(self.leaves)]  # or empty
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 class NetworkProblem:

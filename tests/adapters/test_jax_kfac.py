@@ -189,6 +189,17 @@ def test_every_kind_of_layer_is_stepped(name):
     assert net.likelihood.loss(f(held, x), y) < 0.95 * before
 
 
+def test_a_parameter_without_entries_stays_as_it_is():
+    held, x = {"W": jnp.ones((8, 2)), "none": jnp.zeros((0, 3))}, jnp.asarray(X)
+    net = Network(lambda p, x: x @ p["W"], "gaussian", example=(held, x))
+    kfac = KFAC(net, **WHOLE)
+    moved = jax.eval_shape(lambda: kfac.step(held, kfac.init(held), x, x[:, :2], KEY)[0])
+    assert moved["none"].shape == (0, 3)
+    tx = kfaclinalg_jax.precondition(net)
+    updates = jax.eval_shape(lambda: tx.update(held, tx.init(held), held)[0])
+    assert updates["none"].shape == (0, 3)
+
+
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
 def test_the_change_of_the_loss_is_exact_in_float32(size):
     """The difference of two passes has only the digits of h, and none of a change of 1e-5."""
