@@ -46,11 +46,13 @@ class ExactFisher:
     """
 
     def draws(self, outputs: Any) -> int:
+        if not hasattr(outputs, "shape"):
+            raise ValueError(f"outputs are a {type(outputs).__name__}, expected one array (N, ..., units): {self!r}")
         return prod(outputs.shape[1:])
 
     def cotangent(self, likelihood: Any, outputs: Any, targets: Any, draw: Any, key: Any) -> Any:
         """A column r of a root of F_R, Σ r rᵀ = F_R: one a unit, at one position after the other, with random signs."""
-        units, N = outputs.shape[-1], outputs.shape[0]
+        units, N = prod(outputs.shape[1:][-1:]), outputs.shape[0]
         root = likelihood.fisher_root(outputs, draw % units).reshape(N, -1, units)
         here = jnp.arange(root.shape[1]) == draw // units
         signs = jax.random.rademacher(jax.random.fold_in(key, draw), (N, 1, 1), outputs.dtype)

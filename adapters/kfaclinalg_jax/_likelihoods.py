@@ -122,7 +122,7 @@ def _mean(losses: Any) -> Any:
 
 
 def _one_hot(outputs: Any, unit: Any) -> Any:
-    return jnp.zeros_like(outputs).at[..., unit].set(1)
+    return jnp.zeros_like(outputs).at[..., unit].set(1) if outputs.ndim > 1 else jnp.ones_like(outputs)
 
 
 def _check_shape(name: str, outputs: Any, targets: Any) -> None:
