@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+
 from . import _versions as versions
 from ._results import Path, Result, passed
 from ._rules import RULES, common, moved, vouched
@@ -72,12 +74,13 @@ class Search:
             if name == "add" and versions.is_literal(eqn.invars[1 - at]):
                 return [view]  # 1 + scale: the gradient is the same
             if name == "mul" and self.grows and path not in self.grows and not (lengths or view.factor):
-                if view.is_broadcast or versions.is_literal(eqn.invars[1 - at]):
+                whole = view.shape == tuple(eqn.outvars[0].aval.shape)
+                if view.is_broadcast or not whole or versions.is_literal(eqn.invars[1 - at]):
                     return self.none(view, eqn)
                 self.factors[path] = 1 - at
                 return [view._replace(factor=path)]
         found = RULES[name](eqn, at, view, common(eqn, view, path, lengths))
-        if found is None:
+        if found is None or not jnp.issubdtype(found.dtype, jnp.floating):
             return self.none(view, eqn)
         found = found.seen_at(self.grows.get(path))
         if name == "add" and isinstance(found, Scale):

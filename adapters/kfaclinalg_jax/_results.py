@@ -23,6 +23,8 @@ class Result(NamedTuple):
 
 def passed(eqn: Any, result: Any) -> Any:
     """The output of a site behind an equation that only rearranges it, or that multiplies it."""
+    if not eqn.outvars:  # printed
+        return None
     before, after = (tuple(v.aval.shape) for v in (eqn.invars[0], eqn.outvars[0]))
     old, p, new = result.axes, eqn.params, None
     match eqn.primitive.name:
@@ -33,7 +35,7 @@ def passed(eqn: Any, result: Any) -> Any:
         case "broadcast_in_dim":
             along = p["broadcast_dimensions"]
             new = [old[along.index(i)] if i in along else None for i in range(len(after))]
-        case "reshape":
+        case "reshape" if p["dimensions"] is None:
             new = _reshaped(old, before, after)
         case "mul" if len(old) == len(after):
             return result._replace(alone=False)

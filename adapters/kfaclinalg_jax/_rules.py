@@ -6,6 +6,9 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ._sites import Convolution, Dense, Embedding, Groups, Loop, Scale, Site
 from ._versions import SAME, place
 from ._views import View
@@ -96,7 +99,7 @@ def embedding(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | N
     (c,), rest = collapsed, _without(len(view.shape), collapsed)
     if tuple(d.start_index_map) != collapsed or sizes[c] != 1 or any(sizes[i] != view.shape[i] for i in rest):
         return None
-    last = len(indices.shape) - 1
+    last, clipped = len(indices.shape) - 1, eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
     return Embedding(
         **shared,
         operand=1,
@@ -104,6 +107,7 @@ def embedding(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | N
         matrix=(*view.stack, prod(view.shape[i] for i in rest), view.shape[c]),
         x=Groups((), tuple(range(last)), (last,)),
         s=Groups((), _without(len(shared["shape"]), d.offset_dims), tuple(d.offset_dims)),
+        last=view.shape[c] - 1 if clipped else None,
     )
 
 
@@ -136,6 +140,6 @@ def moved(eqn: Any, view: View) -> View | None:
             return view.reshaped(shape)
         case "broadcast_in_dim":
             return view.broadcast(shape, p["broadcast_dimensions"])
-        case name if name in SAME and len(eqn.outvars) == 1:
+        case name if name in SAME and len(eqn.outvars) == 1 and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             return view
     return None

@@ -131,9 +131,11 @@ class Convolution(Site):
 class Embedding(Site):
     """`gather` of rows: a linear map of one-hot rows, of which the index is kept."""
 
+    last: int | None = None  # the row that an index beyond the table stands for, if it stands for one
+
     def inputs(self, x: Any, N: int) -> Any:
         """The indices (*stack, N, R, 1)."""
-        return super().inputs(x, N)
+        return super().inputs(x if self.last is None else x.clip(0, self.last), N)
 
 
 @dataclass(frozen=True)

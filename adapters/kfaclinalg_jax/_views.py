@@ -60,9 +60,12 @@ class View(NamedTuple):
     def is_broadcast(self) -> bool:
         return prod(self.core) != prod(self.shape)
 
-    def transposed(self, axes: Sequence[int]) -> View:
+    def transposed(self, axes: Sequence[int]) -> View | None:
+        """None where it was multiplied by what stays as it is."""
         places = [axes.index(i) for i in self.places]
         order = sorted(range(len(places)), key=places.__getitem__)
+        if self.factor and places != sorted(places):
+            return None
         k = len(self.stack)
         turn: Op = ("transpose", (*range(k), *(k + i for i in order)))
         shape = tuple(self.shape[i] for i in axes)
@@ -84,8 +87,10 @@ class View(NamedTuple):
         return self._replace(shape=shape, places=tuple(along[i] for i in self.places))
 
     def sliced(self, level: int) -> View | None:
-        """One step of a scan over its first axis; None where that is broadcast."""
+        """One step of a scan over its first axis; None where that is broadcast, or multiplied."""
         L, rest = self.shape[0], self.shape[1:]
+        if self.factor:
+            return None
         if L == 1:
             one: Op = ("reshape", (*self.stack, 1, *self.core))
             moved = self._replace(ops=(*self.ops, one))
