@@ -86,6 +86,7 @@ class Network:
         self.params, self.inputs = params, tuple(inputs)  # shapes
         self._examples = example_axes(f, params, inputs)
         self.example = Traced(f, params, inputs, self._examples)
+        self.estimator.draws(self.example.outputs)
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
         self.skipped = self.example.assembly.skipped
         self.reduced = reduced_of(weight_sharing, self.example.assembly.layers)
@@ -115,7 +116,7 @@ class Network:
         return found if self.axis_name is None else self._over_devices(*found)
 
     def _measured(self, params: Any, inputs: Any, y: Any, key: Any) -> tuple[Any, Any, Statistics]:
-        params = versions.varying(params, self.axis_name)
+        params = versions.varying(jax.tree.map(jnp.asarray, params), self.axis_name)
         traced = self.traced(params, inputs)
         leaves, tree = jax.tree.flatten(params)
         probes = versions.varying(traced.probes(), self.axis_name)
@@ -159,8 +160,7 @@ class Network:
         """
         inputs = x if isinstance(x, tuple) else (x,)
         errors = {name: float(e) for name, e in jax.jit(self._errors)(params, inputs).items()}
-        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps)
-        if wrong := {name: e for name, e in errors.items() if not e <= 1e3 * eps}:
+        if wrong := {name: e for name, e in errors.items() if not e <= 1e3 * self.example.eps(name)}:
             raise ValueError(f"Σ g aᵀ is not the gradient, by these relative errors: {wrong}")
         return errors
 
@@ -170,7 +170,9 @@ class Network:
         Raises:
             ValueError: it has other layers than that of the example.
         """
-        traced = Traced(self.f, params, inputs, self._examples)
+        like = [jax.tree.leaves(jax.tree.map(shape_of, x)) for x in ((params, inputs), (self.params, self.inputs))]
+        same = like[0] == like[1]  # if not, other equations may be there
+        traced = Traced(self.f, params, inputs, self._examples if same else example_axes(self.f, params, inputs))
         came, expected = (
             {layer.name: (layer.kind, layer.shape) for layer in t.assembly.layers} for t in (traced, self.example)
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Traced:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         self.names = tuple(name_of(path) for path, _ in leaves)
         self.leaves = [leaf for _, leaf in leaves]
+        _check(self.names, self.leaves)
         found = search(self.jaxpr, self.leaves, examples)
         self.assembly = Assembly(found, self.names, [tuple(leaf.shape) for leaf in self.leaves])
         layers = self.assembly.layers
@@ -43,6 +45,12 @@ class Traced:
     def has_entries(self) -> bool:
         """Whether any parameter is left to the fallback."""
         return any(layer.kind == "entries" for layer in self.assembly.layers)
+
+    def eps(self, name: str) -> float:
+        """The rounding of a layer's rows and parameters."""
+        (layer,) = (layer for layer in self.assembly.layers if layer.name == name)
+        dtypes = *(site.dtype for site in layer.sites), *(self.leaves[i].dtype for i in layer.leaves)
+        return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
     def probes(self) -> dict[Path, Any]:
         return {path: jnp.zeros(site.probe, site.dtype) for path, site in self.sites.items()}
@@ -66,7 +74,10 @@ class Traced:
 
 def shape_of(x: Any) -> Any:
     """The shape and dtype of an array."""
-    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    weak = getattr(x, "weak_type", not hasattr(x, "dtype"))
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), weak_type=weak)
 
 
 def name_of(path: Any) -> str:
@@ -75,6 +86,16 @@ def name_of(path: Any) -> str:
     while keys and getattr(keys[-1], "name", getattr(keys[-1], "key", None)) in ("value", "raw_value"):
         keys.pop()
     return str(jax.tree_util.keystr(tuple(keys or path), simple=True, separator="."))
+
+
+def _check(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """What no gradient, or no name, is there for."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"parameter {name!r} has dtype {leaf.dtype}, expected a real one: f can close over others")
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two parameters have the name {name!r}, expected a path of its own for each")
 
 
 def examples_of(inputs: Sequence[Any]) -> int:
@@ -101,19 +122,53 @@ def example_axes(f: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> d
         return versions.traced(f, params, *jax.tree.map(longer, tuple(inputs)))[0].jaxpr
 
     try:
-        return dict(_grown(at(1), at(2), ()))
-    except (TypeError, ValueError):  # a function of one batch size
+        once, twice = at(1), at(2)
+    except Exception:  # a function of one batch size, which may say so in its own way
         return {}
+    found: dict[Path, int] = {}
+    _grow(once, twice, [False] * len(once.invars), N, (), found)
+    return found
 
 
-def _grown(once: Any, twice: Any, path: Path) -> Iterator[tuple[Path, int]]:
-    """The path of each equation with one axis that has doubled, and the axis."""
+def _grow(once: Any, twice: Any, mixed: list[bool], N: int, path: Path, found: dict[Path, int]) -> list[bool]:
+    """Find the path of each equation with one axis that has doubled, and the axis.
+
+    That of several rows an example is no such axis where it is `mixed`: an example's rows are not side by side.
+    """
+    known = dict(zip(once.invars, mixed, strict=False))
     for (i, x), (_, y) in zip(versions.numbered(once), versions.numbered(twice), strict=False):
         if x.primitive is not y.primitive:
-            return
+            return [True] * len(once.outvars)
+        operands = [(*pair, not versions.is_literal(pair[0]) and known.get(pair[0], False)) for pair in
+                    zip(x.invars, y.invars, strict=False)]  # fmt: skip
+        outs = [_is_mixed(x, operands, out, N) for out in zip(x.outvars, y.outvars, strict=False)]
         for inner, other in zip(versions.programs(x), versions.programs(y), strict=False):
-            yield from _grown(inner, other, (*path, i))
-        before, after = (tuple(eqn.outvars[0].aval.shape) if eqn.outvars else () for eqn in (x, y))
-        grown = [axis for axis, (n, m) in enumerate(zip(before, after, strict=False)) if n != m]
-        if len(grown) == 1 and len(before) == len(after) and after[grown[0]] == 2 * before[grown[0]]:
-            yield (*path, i), grown[0]
+            outs = _grow(inner, other, [flag for *_, flag in operands], N, (*path, i), found)
+        known |= zip(x.outvars, outs, strict=False)
+        axis = _doubled(x.outvars[0], y.outvars[0]) if outs and not outs[0] else None
+        if axis is not None:
+            found[(*path, i)] = axis
+    return [not versions.is_literal(v) and known.get(v, False) for v in once.outvars]
+
+
+def _doubled(x: Any, y: Any) -> int | None:
+    """The one axis that is twice as long in y."""
+    before, after = tuple(x.aval.shape), tuple(y.aval.shape)
+    grown = [axis for axis, (n, m) in enumerate(zip(before, after, strict=False)) if n != m]
+    alone = len(grown) == 1 and len(before) == len(after) and after[grown[0]] == 2 * before[grown[0]]
+    return grown[0] if alone else None
+
+
+def _is_mixed(eqn: Any, operands: list[Any], out: Any, N: int) -> bool:
+    """Whether the examples are not the outermost part of the axis that has doubled."""
+    reshapes = eqn.primitive.name == "reshape"
+    axis, shape = _doubled(*out), tuple(out[0].aval.shape)
+    if axis is None or shape[axis] == N:
+        return False
+    for x, y, mixed in operands:
+        if (old := _doubled(x, y)) is not None:
+            before, order = tuple(x.aval.shape), (eqn.params["dimensions"] if reshapes else None) or range(x.aval.ndim)
+            outer = prod(before[i] for i in order[: order.index(old)])
+            if mixed or (outer != prod(shape[:axis]) if reshapes else before[old] != shape[axis]):
+                return True
+    return shape[axis] % N != 0

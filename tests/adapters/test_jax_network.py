@@ -114,6 +114,15 @@ def test_mistakes():
     ]:
         with pytest.raises(error, match=match):
             Network(f, **{"likelihood": "gaussian", "example": (params, x)} | options)
+    for more, error, match in [
+        ({"k": jnp.arange(3)}, TypeError, "parameter 'k' has dtype int64"),
+        ({"k": jnp.ones(3) + 1j}, TypeError, "parameter 'k' has dtype complex128"),
+        ({"k": {"k": x}, "k.k": x}, ValueError, "two parameters have the name 'k.k'"),
+    ]:
+        with pytest.raises(error, match=match):
+            Network(f, "gaussian", example=({**params, **more}, x))
+    with pytest.raises(ValueError, match="outputs are a dict, expected one array"):
+        Network(lambda p, x: {"z": f(p, x)}, "gaussian", example=(params, x), estimator="exact")
     net = Network(f, "categorical", example=(params, x))
     with pytest.raises(ValueError, match="key is None"):
         net.value_grad_and_statistics(params, x, jnp.zeros(4, int))
