@@ -15,9 +15,9 @@ from ._masks import counting
 class Batch:
     """`inputs` and `targets`, the examples along the first dimension of each tensor in them.
 
-    The inputs are what the model takes: a tensor, a tuple of arguments or a dictionary of them by name. A subset holds
-    only which `examples` it consists of, so that no more than a chunk of them is ever copied. `mask` says which
-    positions count.
+    The inputs are what the model takes: a tensor, a tuple or list of arguments (a `DataLoader` makes lists of tuples)
+    or a dictionary of them by name. A subset holds only which `examples` it consists of, so that no more than a chunk
+    of them is ever copied. `mask` says which positions count.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Batch:
         """What the model returns."""
         if isinstance(self.inputs, dict):
             return model(**self.inputs)
-        return model(*self.inputs) if isinstance(self.inputs, tuple) else model(self.inputs)
+        return model(*self.inputs) if isinstance(self.inputs, tuple | list) else model(self.inputs)
 
     def subset(self, fraction: float, generator: torch.Generator) -> Batch:
         """A random fraction of the examples, one at least."""

@@ -118,7 +118,7 @@ class KFAC(torch.optim.Optimizer):
         A step that would not be finite is refused: the parameters stay, and `info.refused` says why.
 
         Args:
-            inputs: what the model takes, the batch first; a tuple for a model of several arguments, a dictionary for
+            inputs: what the model takes, the batch first; a tuple or list for several arguments, a dictionary for
                 those that have names.
             targets: what the likelihood takes, the batch first.
             mask: which positions count, a boolean tensor (N, ...); the others enter neither the loss nor the curvature.

@@ -6,6 +6,7 @@ import scipy.sparse.linalg
 import torch
 from curvature_cases import EPS, MODELS, Case, K, N, Words, close, eye, flat, mlp
 from torch import nn
+from torch.utils.data import DataLoader
 
 from kfaclinalg import KroneckerEigen, Tridiagonal, testing
 from kfaclinalg_torch import (
@@ -322,7 +323,8 @@ def test_a_model_of_two_inputs_takes_a_pair_of_them():
     torch.manual_seed(0)
     model, (one, other), y = Sum(), torch.randn(2, N, 4), torch.randint(K, (N,))
     (expected,) = fit_curvature(model.layer, "categorical", (one + other, y), progress=False).factors.layers
-    for data in (((one, other), y), [((one, other), y)]):
+    examples = [((one[i], other[i]), y[i]) for i in range(N)]
+    for data in (((one, other), y), [((one, other), y)], DataLoader(examples, batch_size=N)):
         curvature = fit_curvature(model, "categorical", data, progress=False)
         assert all(map(torch.equal, curvature.layers["layer"], expected))
         assert len(curvature.self_scores(data)) == len(curvature.variances(data)) == N
