@@ -60,9 +60,10 @@ class Layer:
 
 
 class Owner(NamedTuple):
-    """Who holds a parameter or a module, under which key, and its name in the model."""
+    """Who holds a parameter or a module, among which of its own, under which key, and its name in the model."""
 
-    items: dict[str, Any]
+    holder: nn.Module
+    kept: str  # "_parameters" or "_modules", dictionaries that deleting from a Sequential makes anew
     key: str
     thing: Any
     name: str
@@ -70,9 +71,10 @@ class Owner(NamedTuple):
 
     def check(self, who: str) -> None:
         """A ValueError names what was replaced since, or moved."""
-        if hasattr(self.thing, "device_mesh") and not hasattr(self.items.get(self.key), "device_mesh"):
+        items = getattr(self.holder, self.kept)
+        if hasattr(self.thing, "device_mesh") and not hasattr(items.get(self.key), "device_mesh"):
             return  # FSDP has put the whole parameter there, for a while
-        if self.items.get(self.key) is not self.thing:
+        if items.get(self.key) is not self.thing:
             raise ValueError(f"{self.name!r} was replaced since the {who} was made: make a new one, after fully_shard")
         if self.kind != _kind(self.thing):
             raise ValueError(f"{self.name!r} was {self.kind} when the {who} was made, now it is {_kind(self.thing)}")
@@ -84,9 +86,9 @@ def owners(model: nn.Module, layers: Sequence[Layer]) -> list[Owner]:
     held: list[Owner] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        for items in (module._parameters, module._modules):
-            things: dict[str, Any] = items
-            held += [Owner(things, k, x, prefix + k, _kind(x)) for k, x in things.items() if _holds(x, known)]
+        for kept in ("_parameters", "_modules"):
+            things = getattr(module, kept).items()
+            held += [Owner(module, kept, k, x, prefix + k, _kind(x)) for k, x in things if _holds(x, known)]
     return held
 
 

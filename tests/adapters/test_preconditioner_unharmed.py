@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from training import batch, network
 
-from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg_torch import KFAC, KFACPreconditioner
 
 x, y = batch()
 
@@ -53,6 +53,20 @@ def test_what_was_replaced_is_named(name, replace):
     for key, p in model.named_parameters():
         assert (p.grad is None) == (before[key] is None)
         assert p.grad is None or torch.equal(p.grad, before[key])
+
+
+@pytest.mark.parametrize("replace", [lambda model: model.__setitem__(2, nn.Linear(5, 3)), lambda model: model.pop(1)])
+def test_what_was_replaced_after_another_was_deleted_is_named(replace):
+    model = network(4, 5, 3).append(nn.Tanh())
+    preconditioner, optimizer = KFACPreconditioner(model, likelihood="categorical"), KFAC(model, "categorical")
+    del model[3]  # which gives the model a new dictionary of its modules
+    step(model, preconditioner)
+    optimizer.step(x, y)
+    replace(model)
+    with pytest.raises(ValueError, match="'2' was replaced since the preconditioner was made"):
+        step(model, preconditioner)
+    with pytest.raises(ValueError, match="'2' was replaced since the optimizer was made"):
+        optimizer.step(x, y)
 
 
 def test_what_is_frozen_later_is_left_alone():
