@@ -15,7 +15,7 @@ def step_alone(p: Any) -> None:
     for owner in p._owners:
         owner.check("preconditioner")
     estimate, inverses = p._estimate, p._inverses
-    damping = p._damping()
+    damping, period, (length, clip) = p._damping(), p._period("inverse_period"), p._length()  # of which one may raise
     gradients = [x.grad for layer in p._layers for x in layer.parameters if x.grad is not None]
     scale, shown = estimate.scale, not estimate.statistic.empty
     new = estimate.average(gradients, inverses, p._decay) if shown else None
@@ -25,10 +25,9 @@ def step_alone(p: Any) -> None:
     if new is not None:
         spectral = isinstance(p.structure, Exact)
         p._count(estimate.statistic.work, averages.layers.values(), spectral=spectral)
-    inverses.refresh(p._steps, p._period("inverse_period"), damping, averages)
+    inverses.refresh(p._steps, period, damping, averages)
     if new is not None:
         inverses.observe(estimate.statistic, new, scale, p._decay, damping)
-    length, clip = p._length()
     precondition(p._layers, inverses, estimate.training, p.factor_dtype, length, clip, p._steps)
 
 

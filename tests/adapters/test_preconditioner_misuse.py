@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from training import ESTIMATORS, assert_untouched, attributes, batch, network, one_step, preconditioned
+from training import ESTIMATORS, assert_untouched, attributes, backward, batch, network, one_step, preconditioned
 
 from kfaclinalg import Eigen, Exact
 from kfaclinalg_torch import KFACPreconditioner, Sampled
@@ -87,6 +87,27 @@ def test_what_a_callable_gives_is_checked_too(name):
         preconditioner = preconditioned(model, **options)
         for step in range(4):
             one_step(model, preconditioner, *batch(seed=step))
+
+
+@pytest.mark.parametrize("name", ["damping", "inverse_period", "length", "kl_clip", "kl_lr"])
+def test_a_step_that_a_callable_has_stopped_is_taken_as_if_it_had_not(name):
+    options = {} if name == "length" else {"kl_clip": 1.0}
+    models = [network(4, 5, 3) for _ in range(2)]
+    preconditioners = [preconditioned(model, statistics_period=1, **options) for model in models]
+    for model, preconditioner in zip(models, preconditioners, strict=True):
+        one_step(model, preconditioner, *batch())
+        backward(model, preconditioner, *batch(seed=1))
+    given = getattr(preconditioners[0], name)
+    setattr(preconditioners[0], name, lambda step: -1)
+    with pytest.raises(ValueError, match=name):
+        preconditioners[0].step()
+    setattr(preconditioners[0], name, given)
+    for preconditioner in preconditioners:
+        preconditioner.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    came, expected = (preconditioner.state_dict() for preconditioner in preconditioners)
+    assert came["averages"]["taken"] == expected["averages"]["taken"] == 2
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "exact"])
