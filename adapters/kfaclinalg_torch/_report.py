@@ -30,11 +30,9 @@ class Spectrum(NamedTuple):
     g: Tensor
     added: tuple[float, float] | None  # (πγ, γ/π); None where λ is added to the products
     damping: float  # λ = γ²
-
-    @property
-    def below(self) -> float:
-        """The part of the eigenvalues of A ⊗ G that are below λ."""
-        return float((torch.outer(self.a, self.g) < self.damping).double().mean())
+    least: float  # of the eigenvalues of A ⊗ G
+    largest: float
+    below: float  # the part of them that are below λ
 
 
 def report(
@@ -73,23 +71,28 @@ def report(
 def _spectrum(optimizer: KFAC | KFACPreconditioner, name: str, layer: LayerFactors) -> Spectrum:
     a, g = (_eigenvalues(M) for M in layer)
     if isinstance(optimizer, KFAC):
-        info: Any = optimizer.info
-        gamma, structure = info.gamma, optimizer.options.structure_value
+        now: Any = optimizer.info or optimizer._state  # of a state that was loaded nothing has happened yet
+        gamma, structure = now.gamma, optimizer.options.structure_value
     else:
-        gamma, structure = gamma_of(at(0, "damping", optimizer.damping), layer), optimizer.structure
+        fitted, structure = optimizer._inverses.fitted.get(name, layer), optimizer.structure
+        last = max(optimizer._steps - 1, 0)
+        gamma = gamma_of(at(last, "damping", optimizer.damping), fitted)
+    products = a[..., :, None] * g[..., None, :]  # of each member of a batch
+    lam = torch.as_tensor(gamma, dtype=torch.float64).cpu()[..., None, None] ** 2
     gamma = _mean(gamma)
     pi = _mean(tikhonov_pi(layer, norm=getattr(structure, "norm", "trace")))
     added = None if isinstance(structure, Exact | Eigen) else (pi * gamma, gamma / pi)
-    return Spectrum(name, a, g, added, gamma**2)
+    below = float((products < lam).double().mean())
+    a, g = (torch.sort(values.ravel(), descending=True).values for values in (a, g))
+    return Spectrum(name, a, g, added, gamma**2, float(products.min()), float(products.max()), below)
 
 
 def _eigenvalues(M: Any) -> Tensor:
-    """Of all members of a batch together, from the largest."""
+    """Of each member of a batch."""
     if isinstance(M, Diagonal):
         d: Any = M.d
-        return torch.sort(d.detach().double().cpu().ravel(), descending=True).values
-    values = torch.linalg.eigvalsh(M.detach().double().cpu())
-    return torch.sort(values.ravel(), descending=True).values
+        return d.detach().double().cpu()
+    return torch.linalg.eigvalsh(M.detach().double().cpu())
 
 
 def _mean(x: Any) -> float:
@@ -102,7 +105,7 @@ def _condition(eigenvalues: Tensor) -> str:
 
 
 def _row(s: Spectrum) -> tuple[str, ...]:
-    largest = f"{float(s.a[0] * s.g[0]):.1e}"
+    largest = f"{s.largest:.1e}"
     sizes = (str(len(s.a)), str(len(s.g)))
     return (s.name, *sizes, _condition(s.a), _condition(s.g), largest, f"{s.damping:.1e}", f"{s.below:.0%}")
 
@@ -112,7 +115,7 @@ def _verdicts(optimizer: Any, spectra: Sequence[Spectrum], records: Sequence[Sca
     drowned = [s.name for s in spectra if s.below == 1]
     if drowned:
         yield f"The damping is above all eigenvalues of {', '.join(drowned)}: the direction there is the gradient's."
-    untouched = [s.name for s in spectra if s.below == 0 and float(s.a[-1] * s.g[-1]) > 10 * s.damping]
+    untouched = [s.name for s in spectra if s.below == 0 and s.least > 10 * s.damping]
     if untouched:
         yield f"It is far below all of {', '.join(untouched)}."
     if refused := sum(record.get("refused", 0.0) for record in records):

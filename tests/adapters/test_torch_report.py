@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfaclinalg_torch import KFAC, KFACPreconditioner, Watch, report
+from kfaclinalg_torch import KFAC, KFACPreconditioner, Relative, Watch, report
 
 
 @pytest.fixture
@@ -101,6 +101,54 @@ def test_the_page_says_where_the_damping_lies(data, tmp_path, damping):
         assert float(lam) == pytest.approx(damping, rel=0.06)
         assert below == f"{np.mean(np.outer(a, g) < damping):.0%}"
     assert ("the direction there is the gradient" in page) == (damping == 1e6)
+
+
+def test_the_page_shows_the_damping_of_the_last_step(data, tmp_path):
+    _, watch, _ = trained(data, watched=True, damping=lambda step: 10.0**-step)
+    report(watch.optimizer, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert float(cells(page, "0")[5]) == pytest.approx(1e-3)
+
+
+def test_the_page_shows_the_damping_of_ekfac_by_its_own_eigenvalues(data, tmp_path):
+    x, y = data
+    uneven = torch.where(torch.arange(len(x))[:, None] % 8 == 0, 6.0, 0.2) * x, y
+    _, watch, _ = trained(uneven, watched=True, structure="eigen", damping=Relative(0.1))
+    report(watch.optimizer, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    expected = 0.1 * float(watch.optimizer._inverses.fitted["0"].eigenvalues.mean())
+    assert float(cells(page, "0")[5]) == pytest.approx(expected, rel=0.06)
+    A, G = watch.optimizer.layers["0"]
+    assert expected < 0.85 * 0.1 * float(A.diagonal().mean() * G.diagonal().mean())
+
+
+def test_the_eigenvalues_of_groups_are_those_of_each(data, tmp_path):
+    x, y = data
+    model = nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[3].weight[:, :3] *= 10  # the group of the small inputs has the large gradients
+    preconditioner = KFACPreconditioner(model, likelihood="categorical", damping=1e-2)
+    outputs = model(x * torch.tensor([0.1, 0.1, 3.0, 3.0]))
+    preconditioner.update(outputs)
+    nn.functional.cross_entropy(outputs, y).backward()
+    preconditioner.step()
+    report(preconditioner, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    A, G = (M.double().numpy() for M in preconditioner.layers["1"])
+    products = [np.outer(np.linalg.eigvalsh(a), np.linalg.eigvalsh(g)) for a, g in zip(A, G, strict=True)]
+    *_, largest, _, below = cells(page, "1")
+    assert float(largest) == pytest.approx(np.max(products), rel=0.06)
+    assert below == f"{np.mean(np.array(products) < 1e-2):.0%}"
+
+
+def test_a_state_that_was_loaded_has_a_page(data, tmp_path):
+    x, y = data
+    first, second = (KFAC(network(), "categorical") for _ in range(2))
+    first.step(x, y)
+    second.load_state_dict(first.state_dict())
+    report(second, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert float(cells(page, "0")[5]) == pytest.approx(second.state_dict()["state"]["gamma"] ** 2, rel=0.06)
 
 
 def test_the_page_needs_nothing_else_and_names_what_is_left_alone(data, tmp_path):
