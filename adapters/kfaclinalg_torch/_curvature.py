@@ -69,7 +69,7 @@ class Curvature:
             scale: a number or a tensor; `examples` for the sum over the data.
 
         Raises:
-            TypeError, ValueError: delta is not positive, or of another number of layers.
+            TypeError, ValueError: delta is not positive, or of another number of layers; scale is negative.
         """
         return network_of(self._shifted(delta, scale))
 
@@ -180,6 +180,8 @@ class Curvature:
 
     def _shifted(self, delta: Any, scale: Any = 1.0, name: str = "delta") -> list[KroneckerEigen]:
         deltas = one_a_layer(name, delta, len(self.eigen))
+        if not isinstance(scale, Tensor) and not scale >= 0:
+            raise ValueError(f"scale is {scale!r}, expected a number >= 0")
         scale = scale if isinstance(scale, Tensor) else float(scale)
         return [F.map(lambda s: scale * s).shifted(d) for F, d in zip(self.eigen, deltas, strict=True)]
 

@@ -1,5 +1,7 @@
 """`fit_curvature` and `Curvature` against dense Fisher matrices, Jacobians and gradients by torch.func, in float64."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
@@ -358,6 +360,10 @@ def test_mistakes_are_refused():
         for of in (curvature.sample, lambda **k: curvature.variances(case.x, **k)):
             with pytest.raises(ValueError, match=rf"delta is {bad}, expected a number > 0"):
                 of(delta=bad)
+    for bad in (-1.0, float("nan")):
+        for of in (partial(curvature.shifted, 1.0), curvature.sample, partial(curvature.variances, case.x)):
+            with pytest.raises(ValueError, match=f"scale is {bad}, expected a number >= 0"):
+                of(scale=bad)
     with pytest.raises(ValueError, match="queries is empty"):
         curvature.scores([], case.loader())
     with pytest.raises(ValueError, match="examples is empty"):
