@@ -41,8 +41,14 @@ def precondition(
             g.copy_(u)
             changed.append(g)
     if clip is not None and changed:
-        kappa, lr = clip
-        torch._foreach_mul_(changed, torch.sqrt(kappa / (lr**2 * agreement)).clamp(max=1.0))
+        torch._foreach_mul_(changed, clipping(clip, agreement))
+
+
+def clipping(clip: tuple[float, float], agreement: Tensor) -> Tensor:
+    """min(1, √(κ / (lr² Σ |⟨V, U⟩|))), 1 where there is nothing to limit."""
+    kappa, lr = clip
+    length = lr**2 * agreement
+    return torch.where(length == 0, 1.0, torch.sqrt(kappa / length).clamp(max=1.0))
 
 
 def _gradient_of(layer: Layer, inverses: Inverses, seen: Mapping[Any, Any], dtype: torch.dtype, seed: int) -> Any:

@@ -16,7 +16,7 @@ from ._chain import ChainInverse
 from ._exchange import WHAT, Exchange
 from ._inverses import are_finite
 from ._layer import Layer
-from ._preconditioned import of_length
+from ._preconditioned import clipping, of_length
 from ._reduction import shared
 from ._squares import mean_squares
 
@@ -183,8 +183,7 @@ def _write(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> None:
     if clip is not None and updates:
         if not exchange.grid.replicated:
             ((agreement,), _) = exchange.grid.row.sums([agreement], [], "the length of the update")
-        kappa, lr = clip
-        factor = torch.sqrt(kappa / (lr**2 * agreement)).clamp(max=1.0)
+        factor = clipping(clip, agreement)
         updates = {x: U * factor.to(U.dtype) for x, U in updates.items()}
     for x, U in updates.items():
         gradients.of(x).copy_(U)

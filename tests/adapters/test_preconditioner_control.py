@@ -187,6 +187,17 @@ def test_a_wrong_length_is_refused(options):
         KFACPreconditioner(network(4, 3), likelihood="categorical", **options)
 
 
+@pytest.mark.parametrize(("scale", "lr"), [(0.0, None), (1.0, 0.0)])
+def test_a_limit_of_zero_leaves_what_has_no_length(scale, lr):
+    model = network(4, 6, 5, 3)
+    preconditioner = preconditioned(model, "exact", kl_clip=0.0, kl_lr=lr)
+    backward(model, preconditioner, *batch(), scale=scale)
+    preconditioner.step()
+    for g in gradients(model).values():
+        assert bool(g.isfinite().all())
+        assert bool((g == 0).all()) == (scale == 0)
+
+
 def test_what_is_left_alone_keeps_its_gradient():
     model = network(4, 6, 5, 3)
     with pytest.warns(UserWarning, match="skipped by name"):
