@@ -16,7 +16,7 @@ from ._moments import Shown
 from ._sharing import reduced_of
 from ._sites import wide
 from ._statistics import Statistics, statistics_of
-from ._traced import Traced, example_axes, shape_of
+from ._traced import Traced, example_axes, inputs_of, shape_of
 
 KEPT = ("moments", "rows")
 
@@ -107,7 +107,7 @@ class Network:
         Raises:
             ValueError: x and y do not fit, f has other layers at this batch, or the key is missing.
         """
-        inputs = x if isinstance(x, tuple) else (x,)
+        inputs = inputs_of(x, self.inputs)
         if key is None and not (isinstance(self.estimator, Empirical) and not self.example.has_entries):
             raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
         found = versions.without_explicit_axes(
@@ -158,7 +158,7 @@ class Network:
         Raises:
             ValueError: for a layer it is not, to a thousand times the rounding of its rows.
         """
-        inputs = x if isinstance(x, tuple) else (x,)
+        inputs = inputs_of(x, self.inputs)
         errors = {name: float(e) for name, e in jax.jit(self._errors)(params, inputs).items()}
         if wrong := {name: e for name, e in errors.items() if not e <= 1e3 * self.example.eps(name)}:
             raise ValueError(f"Σ g aᵀ is not the gradient, by these relative errors: {wrong}")

@@ -13,7 +13,7 @@ from kfaclinalg import Factors, KFACOptions, LayerFactors, inner_products
 from ._moments import Rows
 from ._network import Network
 from ._sites import wide
-from ._traced import examples_of
+from ._traced import examples_of, inputs_of
 
 Matrices = tuple[Any, ...]
 GAUSS = 0.5 - 12**-0.5, 0.5 + 12**-0.5  # the two points of [0, 1]
@@ -61,7 +61,7 @@ class NetworkProblem:
     ) -> None:
         self.net, self.weights, self.options, self.fraction, self.adapted = net, weights, options, fraction, adapted
         x, self.targets, key = batch
-        self.inputs = x if isinstance(x, tuple) else (x,)
+        self.inputs = inputs_of(x, net.inputs)
         self.sampling, self.of_S1, self.of_S2 = jax.random.split(key, 3)
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:

@@ -98,6 +98,12 @@ def _check(names: Sequence[str], leaves: Sequence[Any]) -> None:
         raise ValueError(f"two parameters have the name {name!r}, expected a path of its own for each")
 
 
+def inputs_of(x: Any, like: Any) -> tuple[Any, ...]:
+    """x as inputs like these: itself a tuple of them, or the only one, which may be a tuple too."""
+    alone = not isinstance(x, tuple) or jax.tree.structure((x,)) == jax.tree.structure(like)
+    return (x,) if alone else x
+
+
 def examples_of(inputs: Sequence[Any]) -> int:
     """The length of the first dimension of the first input.
 

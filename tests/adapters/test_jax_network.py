@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kfaclinalg_jax import Network, Sampled, layer
+from kfaclinalg_jax import KFAC, Network, Sampled, layer
 
 KEY = jax.random.key(2)
 
@@ -90,6 +90,17 @@ def test_the_fallback_is_the_diagonal_of_the_fisher_matrix():
     moments = net.value_grad_and_statistics(params, x, jnp.zeros((4, 3)), key=KEY)[2].moments
     J = jax.vmap(lambda x: jax.jacobian(lambda z: f({"z": z, "V": params["V"]}, x))(params["z"]))(x)
     np.testing.assert_allclose(moments["z"].G.d, jnp.square(J).sum((0, 1)) / 4, rtol=0.1)
+
+
+def test_one_input_may_be_a_tuple():
+    f, params, x, _, _ = jax_models.mlp()
+    pair, y = (x, jnp.ones((4, 1))), jnp.ones((4, 2))
+    net = Network(lambda p, pair: f(p, pair[0]) * pair[1], "gaussian", example=(params, pair))
+    net.check(params, pair)
+    loss, _, _ = net.value_grad_and_statistics(params, pair, y, key=KEY)
+    assert loss == net.value_grad_and_statistics(params, (pair,), y, key=KEY)[0]
+    kfac = KFAC(net, weight_decay=0.0)
+    np.testing.assert_allclose(kfac.step(params, kfac.init(params), pair, y, KEY)[2].loss, loss, rtol=1e-12)
 
 
 def test_half_precision_is_widened():
