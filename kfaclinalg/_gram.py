@@ -108,7 +108,7 @@ def _of_factors(U: OuterProduct, V: OuterProduct) -> Array:
 def _flat(x: Array, core: int = 1) -> Array:
     """(p, ..., m, n) as (..., p, m n), or for a core of two as (..., p m, n)."""
     xp = _backends.namespace_of(x)
-    x = xp.moveaxis(x, 0, -3)
+    x = xp.permute_dims(x, (*range(1, x.ndim - 2), 0, x.ndim - 2, x.ndim - 1))  # vmap of torch has no moveaxis
     *batch, p, m, n = x.shape
     return xp.reshape(x, (*batch, p, m * n) if core == 1 else (*batch, p * m, n))
 

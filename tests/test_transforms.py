@@ -22,6 +22,7 @@ from kfaclinalg import (
     LayerFactors,
     Link,
     LowRankPlusDiagonal,
+    OuterProduct,
     batch_factors,
     block_diagonal_inverse,
     block_tridiagonal_inverse,
@@ -167,8 +168,12 @@ PLAIN = {
         (normal(3, M), normal(3, N)),
     ),
 }
-# The inner products are of one network: the sum is over a batch too.
-ALONE = {"inner_products": (lambda d, e: inner_products([d], [d, e]), VS, (3 * V, V.mT + 1))}
+# The inner products are of one network: the sum is over a batch too. A gram's first dimension counts its matrices.
+ALONE = {
+    "inner_products": (lambda d, e: inner_products([d], [d, e]), VS, (3 * V, V.mT + 1)),
+    "Kronecker.gram": (lambda P, U, V: P.gram(U, V), K, normal(2, M, N), normal(3, M, N)),
+    "KroneckerEigen.gram": (lambda P, L, R: P.gram(*[OuterProduct(L, R)] * 2), EIGEN, normal(2, M, 1), normal(2, N, 1)),
+}
 BATCHED = DEFINITE | PLAIN
 EVERYTHING = BATCHED | ALONE
 # Ones and zeros, which no NaN reaches.
