@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._sites import wide
+from ._sites import times, wide
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sampled:
     def cotangent(self, likelihood: Any, outputs: Any, targets: Any, draw: Any, key: Any) -> Any:
         """∂(sum of the losses)/∂z for targets from the model's own distribution, over √samples."""
         sampled = likelihood.sample(jax.lax.stop_gradient(outputs), jax.random.fold_in(key, draw))
-        return jax.tree.map(lambda g: self.samples**-0.5 * g, slope(likelihood, outputs, sampled))
+        return jax.tree.map(lambda g: times(self.samples**-0.5, g), slope(likelihood, outputs, sampled))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Empirical:
         """∂(sum of the losses)/∂z, with a random sign for each example."""
 
         def signed(g: Any) -> Any:
-            return g * jax.random.rademacher(key, (len(g), *[1] * (g.ndim - 1)), g.dtype)
+            signs = jax.random.rademacher(key, (len(g), *[1] * (g.ndim - 1)), int)
+            return times(signs, g)
 
         return jax.tree.map(signed, slope(likelihood, outputs, targets))
 
@@ -98,4 +99,4 @@ def estimator_of(estimator: Any, likelihood: Any) -> Any:
 def slope(likelihood: Any, outputs: Any, targets: Any) -> Any:
     """The gradient at the outputs of the sum of the examples' losses."""
     N = jax.tree.leaves(outputs)[0].shape[0]
-    return jax.grad(lambda z: N * likelihood.loss(z, targets))(jax.tree.map(wide, outputs))
+    return jax.grad(lambda z: N * likelihood.loss(z, targets), allow_int=True)(jax.tree.map(wide, outputs))

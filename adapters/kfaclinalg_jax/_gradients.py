@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._layers import Layer, Use
 from ._moments import Shown
@@ -17,6 +19,19 @@ def gradient_of_rows(shown: Shown, layer: Layer, g: Mapping[Any, Any]) -> Any:
         return shown.slopes(layer, g).sum(layer.stack)[..., None]
     terms = [_of_use(shown, layer, use, g) for use in layer.uses]
     return sum(terms[1:], terms[0])
+
+
+def random_cotangent(outputs: Any) -> Any:
+    """Normal numbers for outputs that are real, none for others."""
+    keys = iter(jax.random.split(jax.random.key(0), jax.tree.structure(outputs).num_leaves))
+
+    def one(z: Any) -> Any:
+        key = next(keys)
+        if not jnp.issubdtype(z.dtype, jnp.inexact):
+            return np.zeros(z.shape, jax.dtypes.float0)
+        return jax.random.normal(key, z.shape, z.dtype)
+
+    return jax.tree.map(one, outputs)
 
 
 def _of_use(shown: Shown, layer: Layer, use: Use, g: Mapping[Any, Any]) -> Any:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from . import _versions as versions
 from ._estimators import Empirical, estimator_of
-from ._gradients import gradient_of_rows
+from ._gradients import gradient_of_rows, random_cotangent
 from ._likelihoods import likelihood_of
 from ._moments import Shown
 from ._sharing import reduced_of
-from ._sites import wide
+from ._sites import cast, wide
 from ._statistics import Statistics, statistics_of
 from ._traced import Traced, example_axes, inputs_of, shape_of
 
@@ -124,10 +124,10 @@ class Network:
         numbers = jax.tree.map(wide, outputs)
         if check := getattr(self.likelihood, "check", None):
             check(numbers, y)
-        loss, first = jax.value_and_grad(self.likelihood.loss)(numbers, y)
+        loss, first = jax.value_and_grad(self.likelihood.loss, allow_int=True)(numbers, y)
 
         def back(cotangent: Any) -> Any:
-            return pull(jax.tree.map(lambda g, z: g.astype(z.dtype), cotangent, outputs))
+            return pull(jax.tree.map(cast, cotangent, outputs))
 
         gradient, slopes_of_loss = back(first)
         if isinstance(self.estimator, Empirical) and not traced.has_entries:
@@ -186,8 +186,7 @@ class Network:
         leaves, tree = jax.tree.flatten(params)
         outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, traced.probes(), has_aux=True)
         _, expected = jax.vjp(lambda leaves: self.f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
-        keys = iter(jax.random.split(jax.random.key(0), jax.tree.structure(outputs).num_leaves))
-        cotangent = jax.tree.map(lambda z: jax.random.normal(next(keys), z.shape, z.dtype), outputs)
+        cotangent = random_cotangent(outputs)
         (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
         shown, errors = Shown.of(traced, seen), {}
         for layer in traced.assembly.layers:

@@ -12,7 +12,7 @@ from kfaclinalg import Factors, KFACOptions, LayerFactors, inner_products
 
 from ._moments import Rows
 from ._network import Network
-from ._sites import wide
+from ._sites import times, wide
 from ._traced import examples_of, inputs_of
 
 Matrices = tuple[Any, ...]
@@ -128,8 +128,9 @@ class NetworkProblem:
         z, push = jax.linearize(lambda params: self._outputs(params, x), self.weights.params(weights))
         Jd = [push(self.weights.params(direction)) for direction in directions]
         N = examples_of(x)
-        F_Jd = [jax.tree.map(lambda t: t / N, self.net.likelihood.fisher_product(z, t)) for t in Jd]
-        return inner_products(*([jax.tree.leaves(t) for t in ts] for ts in (Jd, F_Jd)))
+        F_Jd = [jax.tree.map(lambda t: times(1 / N, t), self.net.likelihood.fisher_product(z, t)) for t in Jd]
+        real = [i for i, t in enumerate(jax.tree.leaves(z)) if jnp.issubdtype(t.dtype, jnp.inexact)]
+        return inner_products(*([[jax.tree.leaves(t)[i] for i in real] for t in ts] for ts in (Jd, F_Jd)))
 
     def _outputs(self, params: Any, inputs: Any) -> Any:
         return jax.tree.map(wide, self.net.f(params, *inputs))

@@ -156,5 +156,15 @@ class Scale(Site):
 
 
 def wide(x: Any) -> Any:
-    """Half precision widened to float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """Half precision widened to float32; what is no real number stays as it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+def times(c: Any, g: Any) -> Any:
+    """c g; what is no real number has no gradient g, and float0 says so."""
+    return g if g.dtype == jax.dtypes.float0 else c * g
+
+
+def cast(g: Any, z: Any) -> Any:
+    """A gradient at z in the dtype of z."""
+    return g if g.dtype == jax.dtypes.float0 else g.astype(z.dtype)

@@ -103,6 +103,37 @@ def test_one_input_may_be_a_tuple():
     np.testing.assert_allclose(kfac.step(params, kfac.init(params), pair, y, KEY)[2].loss, loss, rtol=1e-12)
 
 
+class Masked:
+    """Squared errors of what the second output, of booleans, lets through."""
+
+    def loss(self, outputs, targets):
+        z, mask = outputs
+        return jnp.square(jnp.where(mask[:, None], z - targets, 0)).sum() / 2 / len(z)
+
+    def sample(self, outputs, key):
+        return outputs[0] + jax.random.normal(key, outputs[0].shape, outputs[0].dtype)
+
+    def fisher_product(self, outputs, tangents):
+        return jnp.where(outputs[1][:, None], tangents[0], 0), tangents[1]
+
+
+def test_an_output_may_be_no_real_number():
+    f, params, x, _, _ = jax_models.mlp()
+    y = jnp.ones((4, 2))
+
+    def masked(p, x):
+        return f(p, x), x[:, 0] > 0
+
+    for estimator in ("sampled", "empirical"):
+        net = Network(masked, Masked(), example=(params, x), estimator=estimator)
+        net.check(params, x)
+        loss, gradient, _ = net.value_grad_and_statistics(params, x, y, key=KEY)
+        expected = jax.grad(lambda p: Masked().loss(masked(p, x), y))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), gradient, expected)
+    kfac = KFAC(Network(masked, Masked(), example=(params, x)), weight_decay=0.0)
+    np.testing.assert_allclose(kfac.step(params, kfac.init(params), x, y, KEY)[2].loss, loss, rtol=1e-12)
+
+
 def test_half_precision_is_widened():
     f, params, x, _, _ = jax_models.mlp()
     params, x = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (params, x))
