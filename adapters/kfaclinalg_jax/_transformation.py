@@ -73,6 +73,7 @@ class Transformation:
         statistics: Statistics | None = None,
         **others: Any,
     ) -> tuple[Any, PreconditionState]:
+        updates, state, statistics = jax.tree.map(jnp.asarray, (updates, state, statistics))  # of a pickle NumPy's
         leaves = _by_name(updates)
         plan, step = self.plan(leaves), state.step
         Vs = [group.gradients(leaves, self.names) for group in plan.groups]

@@ -115,6 +115,18 @@ def test_a_step_may_be_given_its_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
 
 
+def test_a_run_resumes_from_numpy_arrays():
+    """Of a pickle, say; without `jit` too."""
+    net, params, x, y = network()
+    tx = precondition(net)
+    _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+    _, state = tx.update(gradient, tx.init(params), params, statistics=statistics)
+    expected = tx.update(gradient, state, params, statistics=statistics)
+    gradient, state, statistics = jax.device_get((gradient, state, statistics))
+    came = tx.update(gradient, state, params, statistics=statistics)
+    jax.tree.map(np.testing.assert_array_equal, came, expected)
+
+
 def test_a_step_without_statistics_is_one_where_none_is_due():
     """And what is not used of `value_grad_and_statistics` is not computed."""
     net, params, x, y = network()
