@@ -54,6 +54,7 @@ class Categorical:
     """p = softmax(z) over the last dimension, targets are class indices (N, ...); F_R = diag(p) - p pᵀ."""
 
     def check(self, outputs: Any, targets: Any) -> None:
+        _check_arrays(outputs, targets)
         if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
             raise ValueError(
                 f"targets have shape {targets.shape} for outputs of shape {outputs.shape}, "
@@ -125,6 +126,13 @@ def _one_hot(outputs: Any, unit: Any) -> Any:
     return jnp.zeros_like(outputs).at[..., unit].set(1) if outputs.ndim > 1 else jnp.ones_like(outputs)
 
 
+def _check_arrays(outputs: Any, targets: Any) -> None:
+    for name, x in (("outputs", outputs), ("targets", targets)):
+        if not hasattr(x, "shape"):
+            raise TypeError(f"{name} are a {type(x).__name__}, expected an array")
+
+
 def _check_shape(name: str, outputs: Any, targets: Any) -> None:
+    _check_arrays(outputs, targets)
     if targets.shape != outputs.shape:
         raise ValueError(f"targets have shape {targets.shape}, expected {outputs.shape}, that of the outputs ({name})")

@@ -111,7 +111,7 @@ def examples_of(inputs: Sequence[Any]) -> int:
         ValueError: there is none.
     """
     leaves = jax.tree.leaves(inputs)
-    if not leaves or not leaves[0].shape or leaves[0].shape[0] == 0:
+    if not leaves or not jnp.shape(leaves[0]) or leaves[0].shape[0] == 0:
         raise ValueError(f"inputs are {inputs!r}, expected arrays of which the first counts the examples first, N > 0")
     return int(leaves[0].shape[0])
 

@@ -170,6 +170,15 @@ def test_mistakes():
         net.value_grad_and_statistics(params, x, jnp.zeros(4, int))
     with pytest.raises(ValueError, match="expected class indices"):
         net.value_grad_and_statistics(params, x, jnp.zeros((4, 2)), key=KEY)
+    with pytest.raises(TypeError, match="targets are a list, expected an array"):
+        net.value_grad_and_statistics(params, x, [0, 1, 1, 0], key=KEY)
+    with pytest.raises(ValueError, match="expected arrays of which the first counts the examples"):
+        net.value_grad_and_statistics(params, x.tolist(), jnp.zeros(4, int), key=KEY)
+    for likelihood in ("categorical", "gaussian"):
+        net = Network(lambda p, x: (f(p, x), x), likelihood, example=(params, x))
+        with pytest.raises(TypeError, match="outputs are a tuple, expected an array"):
+            net.value_grad_and_statistics(params, x, jnp.zeros(4, int), key=KEY)
+    net = Network(f, "categorical", example=(params, x))
     with pytest.raises(ValueError, match="other layers"):
         net.value_grad_and_statistics({**params, "z": jnp.ones(1)}, x, jnp.zeros(4, int), key=KEY)
 
