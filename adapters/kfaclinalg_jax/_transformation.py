@@ -155,7 +155,8 @@ class Transformation:
             return found
         kappa, lr = (x(step) if callable(x) else x for x in (self.control.kl_clip, self.control.kl_lr))
         lr = 1.0 if lr is None else lr
-        factor = jnp.minimum(1.0, jnp.sqrt(kappa / (lr**2 * agreement)))
+        length = lr**2 * agreement
+        factor = jnp.where(length == 0, 1.0, jnp.minimum(1.0, jnp.sqrt(kappa / length)))
         return {name: (factor * u).astype(u.dtype) for name, u in found.items()}
 
 

@@ -104,6 +104,15 @@ def test_it_composes_and_compiles_once(compose):
     assert step._cache_size() == 1
 
 
+def test_a_clip_to_nothing_leaves_a_gradient_of_zero():
+    net, params, x, y = network()
+    tx = precondition(net, 0.1, kl_clip=0.0)
+    _, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=KEY)
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    updates, _ = tx.update(zeros, tx.init(params), params, statistics=statistics)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+
+
 def test_a_step_may_be_given_its_state():
     """Every array of it once: one that came twice could not be donated."""
     net, params, x, y = network()
