@@ -86,7 +86,7 @@ class Network:
         self.params, self.inputs = params, tuple(inputs)  # shapes
         self._examples = example_axes(f, params, inputs)
         self.example = Traced(f, params, inputs, self._examples)
-        self.estimator.draws(self.example.outputs)
+        self.estimator.draws(self.example.outputs)  # which refuses outputs that it cannot take
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
         self.skipped = self.example.assembly.skipped
         self.reduced = reduced_of(weight_sharing, self.example.assembly.layers)

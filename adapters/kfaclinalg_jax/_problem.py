@@ -39,7 +39,8 @@ class Weights:
         found: dict[int, Any] = {}
         for layer, W in zip(self.layers, weights, strict=True):
             found |= layer.back(W, shapes)
-        leaves = [found.get(i, jnp.zeros(shapes[i])).astype(x.dtype) for i, x in enumerate(self.leaves)]  # or empty
+        empty = {i: jnp.zeros(shape) for i, shape in enumerate(shapes) if i not in found}
+        leaves = [(found | empty)[i].astype(x.dtype) for i, x in enumerate(self.leaves)]
         return jax.tree.unflatten(self.tree, leaves)
 
 

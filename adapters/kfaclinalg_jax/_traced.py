@@ -143,13 +143,13 @@ def _grow(once: Any, twice: Any, mixed: list[bool], N: int, path: Path, found: d
     """
     known = dict(zip(once.invars, mixed, strict=False))
 
-    def is_mixed(v: Any) -> bool:
+    def flag_of(v: Any) -> bool:
         return not versions.is_literal(v) and known.get(v, False)
 
     for (i, x), (_, y) in zip(versions.numbered(once), versions.numbered(twice), strict=False):
         if x.primitive is not y.primitive:
             return [True] * len(once.outvars)
-        operands = [(v, w, is_mixed(v)) for v, w in zip(x.invars, y.invars, strict=False)]
+        operands = [(v, w, flag_of(v)) for v, w in zip(x.invars, y.invars, strict=False)]
         outs = [_is_mixed(x, operands, out, N) for out in zip(x.outvars, y.outvars, strict=False)]
         for inner, other in zip(versions.programs(x), versions.programs(y), strict=False):
             outs = _grow(inner, other, [flag for *_, flag in operands], N, (*path, i), found)
@@ -157,7 +157,7 @@ def _grow(once: Any, twice: Any, mixed: list[bool], N: int, path: Path, found: d
         axis = _doubled(x.outvars[0], y.outvars[0]) if outs and not outs[0] else None
         if axis is not None:
             found[(*path, i)] = axis
-    return [is_mixed(v) for v in once.outvars]
+    return [flag_of(v) for v in once.outvars]
 
 
 def _doubled(x: Any, y: Any) -> int | None:

@@ -141,11 +141,15 @@ class Passes:
             single = next(piece.chunks(1))[1]
             both = torch.utils._pytree.tree_map(lambda x: torch.cat([x, x]), single.inputs)
             mask_of, self.capture.mask_of = self.capture.mask_of, None
-            one, two = (
-                {(use.block, len(use.inputs)) for use in self.shown(of)[1] if not use.block.scattered}
-                for of in (single, Batch(both, torch.cat([single.targets] * 2)))
-            )
-            self.capture.mask_of = mask_of
+            try:
+                one, two = (
+                    {(use.block, len(use.inputs)) for use in self.shown(of)[1] if not use.block.scattered}
+                    for of in (single, Batch(both, torch.cat([single.targets] * 2)))
+                )
+            except ValueError:  # a model of one batch size
+                one = two = set()
+            finally:
+                self.capture.mask_of = mask_of
             self._apart = {block for block, _ in one & two} | set(self.trained.found.entries)
         return self._apart
 

@@ -65,28 +65,13 @@ def solve_by_torch(M: Tensor, X: Tensor) -> Tensor:
 
 
 def forward_by_numpy(L: Tensor, X: Tensor) -> Tensor:
-    """L⁻¹ X of a batch."""
-    try:
-        return np.linalg.solve(np.tril(L), X)
-    except np.linalg.LinAlgError:  # a pivot has underflowed, which substitution does without
-        return _forward_by_rows(L, X)
+    """L⁻¹ X of a batch; an error where the pivots of a member underflow."""
+    return np.linalg.solve(np.tril(L), X)
 
 
 def back_by_numpy(L: Tensor, X: Tensor) -> Tensor:
-    """L⁻ᵀ X of a batch."""
-    try:
-        return np.linalg.solve(np.tril(L).mT, X)
-    except np.linalg.LinAlgError:
-        return np.flip(_forward_by_rows(np.flip(L.mT, (-2, -1)), np.flip(X, -2)), -2)
-
-
-def _forward_by_rows(L: Tensor, X: Tensor) -> Tensor:
-    """L⁻¹ X of a batch."""
-    L, Y = (np.array(M) for M in _alike(L, X))
-    for i in range(L.shape[-1]):
-        Y[..., i, :] -= (L[..., i : i + 1, :i] @ Y[..., :i, :])[..., 0, :]
-        Y[..., i, :] /= L[..., i, i, None]
-    return Y
+    """L⁻ᵀ X of a batch; an error where the pivots of a member underflow."""
+    return np.linalg.solve(np.tril(L).mT, X)
 
 
 def forward_by_torch(L: Tensor, X: Tensor) -> Tensor:

@@ -68,7 +68,12 @@ def routine(
                     return single(*args)
                 if kind == "torch" and (views := _views(args, rule, (0, 2))) is not None:
                     return _viewed(single, views)
-            return (in_torch if kind == "torch" else own.get(kind, standard))(*args)
+            try:
+                return (in_torch if kind == "torch" else own.get(kind, standard))(*args)
+            except np.linalg.LinAlgError:  # NumPy throws a batch away for one member
+                if kind not in own:
+                    raise
+                return standard(*args)
 
         run.bodies = {*own, *(("single",) if single else ())}  # type: ignore[attr-defined]
         return run

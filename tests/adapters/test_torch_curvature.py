@@ -332,6 +332,23 @@ def test_a_model_of_two_inputs_takes_a_pair_of_them():
         assert len(curvature.self_scores(data)) == len(curvature.variances(data)) == N
 
 
+class Fixed(nn.Module):
+    """Takes N examples, and no other number of them."""
+
+    def forward(self, x):
+        return x.view(N, 4)
+
+
+def test_a_model_may_have_one_batch_size():
+    torch.manual_seed(0)
+    layer, data = nn.Linear(4, K), (torch.randn(N, 4), torch.randint(K, (N,)))
+    found, expected = (
+        fit_curvature(nn.Sequential(first, layer), "categorical", data, progress=False).layers["1"]
+        for first in (Fixed(), nn.Identity())
+    )
+    assert all(map(torch.equal, found, expected))
+
+
 def test_mistakes_are_refused():
     case = Case("mlp")
     curvature = case.fit()
