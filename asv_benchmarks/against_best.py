@@ -41,14 +41,14 @@ def line(rows: list[Row], job: str, size: str) -> str | None:
 
 
 def main() -> None:
-    rows = json.loads((HERE / "peers.json").read_text())
+    rows = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
     sizes = {
         job: dict.fromkeys(row["size"] for row in rows if row["job"] == job and library(row) == OURS) for job in LIMITS
     }
     lines = [line(rows, job, size) for job, of_job in sizes.items() for size in of_job]
     head = ["operation", "size", "over the best library", "which", "over the limit", "which limit", "processor"]
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(one for one in lines if one)]
-    OUTPUT.with_name("best.md").write_text("\n".join(table) + "\n")
+    OUTPUT.with_name("best.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
 
 

@@ -229,14 +229,14 @@ def main() -> None:
     rows: list[Row] = []
     for job in ("J1", "J2", "J3", "J6a", "J6b", "J7", "J4", "J5"):
         path = options.results / f"{job}.json"
-        rows += rows_of(job, json.loads(path.read_text())) if path.exists() else []
+        rows += rows_of(job, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
     rows += list(applied(rows))
-    options.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    options.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(f"{tables(rows)}\n{libraries()}\n")
+    options.output.write_text(f"{tables(rows)}\n{libraries()}\n", encoding="utf-8")
     if any(row["job"] in ("J4", "J5") for row in rows):
         draw(rows, options.output.with_suffix(".svg"))
-    print(options.output.read_text())
+    print(options.output.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

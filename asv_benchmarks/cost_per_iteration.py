@@ -234,7 +234,7 @@ def main() -> None:
     options = parser.parse_args()
     data = options.output.with_suffix(".json")
     if options.redraw:
-        result = json.loads(data.read_text())
+        result = json.loads(data.read_text(encoding="utf-8"))
     else:
         torch.set_num_threads(1)
         l, widths, batches, checked = LAYERS, WIDTHS, BATCHES, CHECKED
@@ -249,10 +249,10 @@ def main() -> None:
         ]
         result = {"rows": rows, "checks": checks}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(result, indent=1) + "\n")
-    options.output.write_text(markdown(result))
+        data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(markdown(result), encoding="utf-8")
     draw(result, options.output.with_suffix(".svg"))
-    print(options.output.read_text())
+    print(options.output.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

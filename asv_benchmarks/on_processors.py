@@ -46,7 +46,7 @@ def measured() -> dict[str, float]:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -77,12 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
     _, machine = newest()
     stored[machine.split(", ")[1]] = {"when": machine.split(", ")[2], "ratios": from_asv()}
     if not options.table:
         stored[processor()] = {"when": str(datetime.now(UTC).date()), "ratios": measured()}
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    STORED.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     text = table(stored)
     (FOLDER / "processors.md").write_text(text, encoding="utf-8")
     print(text)

@@ -24,7 +24,7 @@ COLUMNS = 5
 def newest():
     """{benchmark: {params: value}} of the newest results, and the machine and the commit that they are of."""
     files = [path for path in HERE.glob("results/*/*.json") if path.name != "machine.json"]
-    data = max((json.loads(path.read_text()) for path in files), key=lambda data: data["date"])
+    data = max((json.loads(path.read_text(encoding="utf-8")) for path in files), key=lambda data: data["date"])
     found = {}
     for name, row in data["results"].items():
         values, params = row[:2]

@@ -54,7 +54,7 @@ def main() -> int:
         passed, seconds, text = run(part, asked.dry)
         report += [f"## {part}: {'done' if passed else 'FAILED'} in {seconds:.0f} s", "", "```", text, "```", ""]
         failed += [] if passed else [part]
-        (OUT / "report.md").write_text("\n".join(report))  # after each part: the machine may go away
+        (OUT / "report.md").write_text("\n".join(report), encoding="utf-8")  # after each part: the machine may go away
     print(f"{OUT / 'report.md'}: {'all parts done' if not failed else 'failed: ' + ', '.join(failed)}")
     return len(failed)
 

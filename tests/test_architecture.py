@@ -16,7 +16,7 @@ BACKENDS = {"torch", "jax", "cupy", "cupyx"}  # in the cellar, inside a function
 
 def table():
     """The ranks of CONTRIBUTING.md, by module."""
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
     return {module: int(rank) for rank, modules in rows for module in re.findall(r"`([\w.]+)`", modules)}
 
 
@@ -31,7 +31,7 @@ OWN = {
 
 def imports(path: Path):
     """(module, names, whether at the top level) of each import; a relative module starts with a dot."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -85,7 +85,7 @@ def test_above_the_cellar_nobody_knows_the_machine(path):
     """No backend, no kind of one, no numpy and no scipy in the code of a room upstairs; its documentation may."""
     if name_of(path).startswith("_backends"):
         return
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -114,14 +114,14 @@ def test_an_adapter_imports_public_names_and_its_own_framework(path):
 
 def test_no_module_outgrows_its_page():
     for path in [*core_modules(), *ADAPTERS.rglob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 200, f"{path.stem} is longer than 200 lines"
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 200, f"{path.stem} is longer than 200 lines"
 
 
 def test_the_core_sets_no_boolean_options_but_links():
     """Two behaviours are two functions."""
     found = []
     for path in core_modules():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 defaults = [*node.args.defaults, *node.args.kw_defaults]
                 if any(isinstance(d, ast.Constant) and isinstance(d.value, bool) for d in defaults):
@@ -132,7 +132,7 @@ def test_the_core_sets_no_boolean_options_but_links():
 @every_module
 def test_what_is_created_has_a_dtype_and_a_device(path):
     """Without them an array lands on the default device, in the default dtype."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         on_namespace = isinstance(node.func.value, ast.Name | ast.Attribute) and ast.unparse(node.func.value).endswith(

@@ -87,7 +87,7 @@ def child(steps: int, result: str | None) -> None:
     if distributed.get_rank() == 0:
         print(json.dumps(found))
         if result:
-            Path(result).write_text(json.dumps(found))
+            Path(result).write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 
 
@@ -95,7 +95,7 @@ def measured(processes: int, steps: int) -> dict[str, float]:
     with tempfile.NamedTemporaryFile() as file:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         subprocess.run([*torchrun, str(HERE), "--steps", str(steps), "--result", file.name], check=True)
-        return json.loads(Path(file.name).read_text())
+        return json.loads(Path(file.name).read_text(encoding="utf-8"))
 
 
 def draw(found: dict[int, dict[str, float]]) -> None:

@@ -230,12 +230,14 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
-    found = [Run(*run) for run in json.loads(path.read_text())] if path.exists() and not args.quick else []
+    found = (
+        [Run(*run) for run in json.loads(path.read_text(encoding="utf-8"))] if path.exists() and not args.quick else []
+    )
     known = {run.key: run for run in found}
 
     def store(run: Run) -> None:
         known[run.key] = run
-        path.write_text(json.dumps(list(known.values())))
+        path.write_text(json.dumps(list(known.values())), encoding="utf-8")
 
     if not args.report:
         race(args, store)

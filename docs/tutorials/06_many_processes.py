@@ -68,7 +68,7 @@ distributed.destroy_process_group()
 def run(processes, placement):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "train.py"
-        path.write_text(SCRIPT)
+        path.write_text(SCRIPT, encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         done = subprocess.run([*command, str(path), placement], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])

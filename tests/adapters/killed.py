@@ -64,7 +64,7 @@ def main():
     fate = random.Random(1000 + start)
     victim, moment = fate.randrange(world), fate.random() * given.within
     log = given.folder / f"log.{rank}"
-    with log.open("a") as lines:
+    with log.open("a", encoding="utf-8") as lines:
         print(f"start {start} at {k}", file=lines)
     step = k
     try:
@@ -84,13 +84,13 @@ def main():
                 step = min(step, given.steps - 1)
             if step % INTERVAL == 0 and step > latest(given.folder):
                 checkpoint.save(state, checkpoint_id=given.folder / str(step))
-            with log.open("a") as lines:
+            with log.open("a", encoding="utf-8") as lines:
                 print(f"step {step}", file=lines)
     except Exception as error:
-        with log.open("a") as lines:
+        with log.open("a", encoding="utf-8") as lines:
             print(f"lost {start} at {step}: {' '.join(str(error).split())[:200]}", file=lines)
         raise
-    with log.open("a") as lines:
+    with log.open("a", encoding="utf-8") as lines:
         print(f"done {step}", file=lines)
     distributed.destroy_process_group()
 

@@ -23,7 +23,7 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path):
 def check(folder, kills, steps):
     """No start goes back by more than an interval; all come to the end; whoever saw the loss in a step says so."""
     for rank in range(3):
-        lines = (folder / f"log.{rank}").read_text().splitlines()
+        lines = (folder / f"log.{rank}").read_text(encoding="utf-8").splitlines()
         assert lines[-1] == f"done {steps}"
         starts = [int(line.split()[-1]) for line in lines if line.startswith("start")]
         assert len(starts) == kills + 1

@@ -169,7 +169,7 @@ def test_no_collective_is_without_its_word():
     """In the source, each is under a `with team.waiting(...)`, and so is each wait for one."""
     found = []
     for path in ADAPTER.glob("*.py"):
-        for node, within in walked(ast.parse(path.read_text()), False):
+        for node, within in walked(ast.parse(path.read_text(encoding="utf-8")), False):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 named = node.func.attr in (*COLLECTIVES, "new_group") and ast.unparse(node.func).startswith(
                     ("distributed.", "torch.distributed.")
