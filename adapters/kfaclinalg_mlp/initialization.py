@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from .checks import check_generator
+
 
 def sparse_weights(
     sizes: Sequence[int], *, rng: Any, connections: int = 15, scale: float = 1.0, bias: float = 0.0
@@ -27,6 +29,7 @@ def sparse_weights(
         device: `tuple(xp.asarray(W, dtype=..., device=...) for W in weights)`.
 
     Raises:
+        TypeError: sizes that are none, or no generator.
         ValueError: fewer than two sizes, a size or `connections` below 1, a negative scale.
 
     >>> import numpy as np
@@ -36,6 +39,9 @@ def sparse_weights(
     >>> (W1[:, :-1] != 0).sum(axis=1).tolist() == 30 * [15], float(W1[0, -1])
     (True, 0.5)
     """
+    check_generator(rng)
+    if not hasattr(sizes, "__len__"):
+        raise TypeError(f"sizes is {sizes!r}, expected a sequence of integers")
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes is {tuple(sizes)}, expected two or more, each >= 1")
     if connections < 1:

@@ -317,6 +317,8 @@ def gram(*directions):
         (lambda: sparse_weights((3, 0), rng=RNG), ValueError, r"sizes is \(3, 0\)"),
         (lambda: sparse_weights((3, 2), rng=RNG, connections=0), ValueError, "connections is 0, expected an integer"),
         (lambda: sparse_weights((3, 2), rng=RNG, scale=-1.0), ValueError, "scale is -1.0, expected a number >= 0"),
+        (lambda: sparse_weights((3, 2), rng=0), TypeError, "rng is a int, expected a numpy.random.Generator"),
+        (lambda: sparse_weights(3, rng=RNG), TypeError, "sizes is 3, expected a sequence"),
     ],
 )
 def test_mistakes_are_refused(mistake, error, message):
