@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -89,7 +91,9 @@ def test_a_class_shows_an_example(cls):
     "package", [kfaclinalg, kfaclinalg_jax, kfaclinalg_mlp, kfaclinalg_torch], ids=lambda package: package.__name__
 )
 def test_each_name_has_a_page_in_the_reference(package):
-    listed = set(re.findall(r"^   (\w+\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE))
+    listed = set(
+        re.findall(r"^   (\w+\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     names = {f"{package.__name__}.{name}" for name in package.__all__} - {"kfaclinalg.spd", "kfaclinalg.testing"}
     assert names <= listed
     if package is kfaclinalg:
@@ -103,12 +107,16 @@ def test_each_name_has_a_page_in_the_reference(package):
 def test_links_of_the_plain_pages_lead_somewhere():
     """What Sphinx does not see; it checks those of its own pages."""
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "asv_benchmarks/README.md"):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
 def test_the_map_of_the_paper_names_what_exists():
-    rows = [line.split(" | ") for line in (ROOT / "docs" / "paper_map.md").read_text().splitlines() if "::" in line]
+    rows = [
+        line.split(" | ")
+        for line in (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8").splitlines()
+        if "::" in line
+    ]
     assert len(rows) > 20
     for _, functions, tests in rows:
         for name in re.findall(r"`([\w.]+)`", functions):
@@ -116,7 +124,7 @@ def test_the_map_of_the_paper_names_what_exists():
             for part in name.split("."):
                 thing = getattr(thing, part)
         path, test = re.search(r"`(\S+)::(\w+)`", tests).groups()
-        assert f"def {test}(" in (ROOT / "tests" / path).read_text(), f"{path}::{test}"
+        assert f"def {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), f"{path}::{test}"
 
 
 def test_the_fields_of_the_records_are_the_contract():
@@ -130,6 +138,13 @@ def test_the_fields_of_the_records_are_the_contract():
     )
 
 
+@pytest.mark.parametrize(("package", "framework"), [("kfaclinalg_torch", "torch"), ("kfaclinalg_jax", "jax")])
+def test_an_adapter_says_which_framework_is_missing(package, framework):
+    program = f"import sys; sys.modules[{framework!r}] = None; import {package}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert re.search(rf"ModuleNotFoundError: {package} needs \w+: pip install 'kfaclinalg\[\w+\]'", done.stderr)
+
+
 def test_the_packages_are_typed():
     for folder in ("kfaclinalg", "adapters/kfaclinalg_jax", "adapters/kfaclinalg_mlp", "adapters/kfaclinalg_torch"):
         assert (ROOT / folder / "py.typed").exists()
@@ -137,6 +152,8 @@ def test_the_packages_are_typed():
 
 def test_what_is_cited_is_what_is_released():
     """One version, and whoever looks for a release finds the changes."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert version in (ROOT / "CHANGELOG.md").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert re.search(
+        rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert version in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

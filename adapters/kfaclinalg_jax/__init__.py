@@ -4,6 +4,11 @@ Read in this order: `_views` and `_find` (a parameter followed through the progr
 equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A and G), and `_network`.
 """
 
+try:
+    import jax as _jax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("kfaclinalg_jax needs JAX: pip install 'kfaclinalg[optax]'", name="jax") from error
+
 from ._damping import Relative
 from ._door import layer
 from ._estimators import Empirical, ExactFisher, Sampled

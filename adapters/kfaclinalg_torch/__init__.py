@@ -5,6 +5,13 @@ of one), `_capture` (how that is seen), `_statistics` and `_estimate` (A and G),
 `_optimizer`, `_preconditioner` and `_fit`.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "kfaclinalg_torch needs PyTorch: pip install 'kfaclinalg[torch]'", name="torch"
+    ) from error
+
 from ._blocks import Block, Dense, Rows
 from ._curvature import Curvature
 from ._damping import Relative
