@@ -135,7 +135,8 @@ def _check_period(name: str, value: Any) -> None:
 def _check_number(name: str, value: Any) -> None:
     """Arrays and functions of the step pass: their values are not looked at."""
     allowed = {"length": (None, AUTO), "kl_clip": (None,), "kl_lr": (None,)}.get(name, ())
-    if callable(value) or hasattr(value, "dtype") or isinstance(value, Relative) or value in allowed:
+    function = callable(value) and not isinstance(value, type)
+    if function or hasattr(value, "dtype") or isinstance(value, Relative) or value in allowed:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, expected a number or a function of the step")

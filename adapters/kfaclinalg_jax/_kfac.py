@@ -58,6 +58,9 @@ class KFAC:
     """
 
     def __init__(self, net: Network, **options: Any) -> None:
+        if unknown := sorted(options.keys() - set(KFACOptions._fields)):
+            known = ", ".join(KFACOptions._fields)
+            raise TypeError(f"got the unknown options {', '.join(unknown)}, expected some of {known}")
         self.net, self.options = net, KFACOptions(**options).checked()
         _check(net, self.options)
         self.weights = Weights(net)
@@ -94,6 +97,8 @@ class KFAC:
         Raises:
             ValueError: x and y do not fit.
         """
+        if not isinstance(state, tuple) or len(state) != len(Run._fields):
+            raise TypeError(f"state is a {type(state).__name__}, expected that of init(params) or of the last step")
         turn, fraction, kfac = state
         if isinstance(kfac.iteration, jax.core.Tracer):
             fraction = fraction if isinstance(fraction, float) else self.options.curvature_fraction

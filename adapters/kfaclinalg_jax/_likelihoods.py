@@ -108,6 +108,8 @@ def likelihood_of(likelihood: Any) -> Any:
     Raises:
         ValueError: an unknown name, or an object without `loss` and `sample`.
     """
+    if isinstance(likelihood, type):
+        raise TypeError(f"likelihood is the class {likelihood.__name__}, expected an object, {likelihood.__name__}()")
     if not isinstance(likelihood, str):
         missing = [name for name in ("loss", "sample") if not hasattr(likelihood, name)]
         if missing:

@@ -63,6 +63,8 @@ def precondition(
     """
     import optax
 
+    if not isinstance(net, Network):
+        raise TypeError(f"net is a {type(net).__name__}, expected a Network")
     control = Control(damping, decay, statistics_period, inverse_period, length, kl_clip, kl_lr, inverse_sharding)
     found = KFACOptions(structure).checked().structure_value
     if found.linked:

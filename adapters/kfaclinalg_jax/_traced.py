@@ -112,7 +112,8 @@ def examples_of(inputs: Sequence[Any]) -> int:
     """
     leaves = jax.tree.leaves(inputs)
     if not leaves or not jnp.shape(leaves[0]) or leaves[0].shape[0] == 0:
-        raise ValueError(f"inputs are {inputs!r}, expected arrays of which the first counts the examples first, N > 0")
+        first = f"a {type(leaves[0]).__name__} of shape {jnp.shape(leaves[0])}" if leaves else "nothing"
+        raise ValueError(f"inputs begin with {first}, expected an array whose first dimension counts examples, N > 0")
     return int(leaves[0].shape[0])
 
 

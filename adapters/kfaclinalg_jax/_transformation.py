@@ -73,6 +73,7 @@ class Transformation:
         statistics: Statistics | None = None,
         **others: Any,
     ) -> tuple[Any, PreconditionState]:
+        self._check(statistics)
         updates, state, statistics = jax.tree.map(jnp.asarray, (updates, state, statistics))  # of a pickle NumPy's
         leaves = _by_name(updates)
         plan, step = self.plan(leaves), state.step
@@ -105,6 +106,14 @@ class Transformation:
         paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(updates))
         updates = jax.tree.unflatten(jax.tree.structure(updates), [found[name_of(path)] for path in paths])
         return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
+
+    def _check(self, statistics: Any) -> None:
+        if statistics is not None and not isinstance(statistics, Statistics):
+            came = type(statistics).__name__
+            raise TypeError(f"statistics is a {came}, expected the Statistics of Network.value_grad_and_statistics")
+        if statistics is not None and statistics.moments.keys() != self.moments.keys():
+            came, expected = (", ".join(sorted(of)) for of in (statistics.moments, self.moments))
+            raise ValueError(f"statistics are of the layers {came}, expected those of this network, {expected}")
 
     def refresh(self, damping: Any) -> Any:
         def one(M: Any, old: Inverse, wanted: Any) -> Inverse:

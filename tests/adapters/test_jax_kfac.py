@@ -249,6 +249,8 @@ def test_mistakes_are_refused():
     for call, message in (
         (lambda: KFAC(f), "net is a function, expected a Network"),
         (lambda: KFAC(net(), damping=-1), "damping is -1"),
+        (lambda: KFAC(net(), lr=0.1), "unknown options lr, expected some of structure, damping, "),
+        (lambda: KFAC(net()).step(params(), None, x, x, KEY), "state is a NoneType, expected that of init"),
         (lambda: KFAC(net(), chunk_size=3), "chunk_size is 3, expected None"),
         (lambda: KFAC(net(), structure="block-tridiagonal"), "expected one without links"),
         (lambda: KFAC(net(), structure="eigen"), "keep='rows'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kfaclinalg_jax import KFAC, Network, Sampled, layer
+from kfaclinalg_jax import KFAC, Gaussian, Network, Sampled, layer
 
 KEY = jax.random.key(2)
 
@@ -153,6 +153,7 @@ def test_mistakes():
         ({"keep": "all"}, ValueError, "keep is 'all'"),
         ({"example": params}, TypeError, r"expected \(params, \*inputs\)"),
         ({"likelihood": object()}, ValueError, "lacks the methods loss, sample"),
+        ({"likelihood": Gaussian}, TypeError, "likelihood is the class Gaussian, expected an object"),
     ]:
         with pytest.raises(error, match=match):
             Network(f, **{"likelihood": "gaussian", "example": (params, x)} | options)
@@ -172,7 +173,7 @@ def test_mistakes():
         net.value_grad_and_statistics(params, x, jnp.zeros((4, 2)), key=KEY)
     with pytest.raises(TypeError, match="targets are a list, expected an array"):
         net.value_grad_and_statistics(params, x, [0, 1, 1, 0], key=KEY)
-    with pytest.raises(ValueError, match="expected arrays of which the first counts the examples"):
+    with pytest.raises(ValueError, match=r"inputs begin with a float of shape \(\), expected"):
         net.value_grad_and_statistics(params, x.tolist(), jnp.zeros(4, int), key=KEY)
     for likelihood in ("categorical", "gaussian"):
         net = Network(lambda p, x: (f(p, x), x), likelihood, example=(params, x))

@@ -236,6 +236,7 @@ def test_mistakes_in_the_options():
         ({"decay": 1.0}, ValueError, r"decay is 1.0, expected a number in \[0, 1\)"),
         ({"damping": -1.0}, ValueError, "damping is -1.0"),
         ({"length": "long"}, TypeError, "length is 'long'"),
+        ({"damping": Relative}, TypeError, "damping is .*Relative.*, expected a number or a function"),
         ({"kl_lr": 0.1}, ValueError, "without kl_clip"),
         ({"kl_clip": 0.1, "length": 0.1}, ValueError, "beside length"),
     ]:
@@ -243,6 +244,23 @@ def test_mistakes_in_the_options():
             precondition(net, **options)
     with pytest.raises(ValueError, match="fraction is -1"):
         Relative(-1)
+    with pytest.raises(TypeError, match="net is a function, expected a Network"):
+        precondition(lambda p, x: x)
+
+
+def test_statistics_that_are_none_of_this_network():
+    f, params, x, _, _ = jax_models.mlp()
+    tx, key = precondition(Network(f, "categorical", example=(params, x))), jax.random.key(0)
+    other = Network(lambda p, x: x @ p["other"], "categorical", example=({"other": jnp.ones((x.shape[1], 2))}, x))
+    _, _, statistics = other.value_grad_and_statistics(
+        {"other": jnp.ones((x.shape[1], 2))}, x, jnp.zeros(len(x), int), key=key
+    )
+    for came, error, match in (
+        (statistics.moments, TypeError, "statistics is a dict, expected the Statistics of Network"),
+        (statistics, ValueError, "statistics are of the layers other, expected those of this network, "),
+    ):
+        with pytest.raises(error, match=match):
+            tx.update(params, tx.init(params), params, statistics=came)
 
 
 def test_the_matrix_products_of_a_step_are_those_of_the_algebra():
