@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
+
+from torch import Tensor
 
 from kfaclinalg import Exact
 
@@ -18,9 +21,10 @@ def step_alone(p: Any) -> None:
     damping, period, (length, clip) = p._damping(), p._period("inverse_period"), p._length()  # of which one may raise
     gradients = [x.grad for layer in p._layers for x in layer.parameters if x.grad is not None]
     scale, shown = estimate.scale, not estimate.statistic.empty
-    new = estimate.average(gradients, inverses, p._decay) if shown else None
     if not estimate.averages.taken and not shown:
         raise nothing(p)
+    _check(gradients, estimate.capture.left)
+    new = estimate.average(gradients, inverses, p._decay) if shown else None
     averages = estimate.averages.of(p._layers)
     if new is not None:
         spectral = isinstance(p.structure, Exact)
@@ -29,9 +33,19 @@ def step_alone(p: Any) -> None:
     if new is not None:
         inverses.observe(estimate.statistic, new, scale, p._decay, damping)
     precondition(p._layers, inverses, estimate.training, p.factor_dtype, length, clip, p._steps)
+    estimate.capture.left = [(ref(g), g._version) for g in gradients]
 
 
 def nothing(p: Any) -> RuntimeError:
     """What there is to say where no pass was seen."""
     missing = "loss.backward()" if isinstance(p.estimator, Empirical) else "update(outputs)"
     return RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
+
+
+def _check(gradients: list[Tensor], left: list[Any]) -> None:
+    """A RuntimeError where no backward pass has come before; `left` is what the last step left."""
+    if not gradients:
+        raise RuntimeError("no parameter has a gradient in step(): call it after loss.backward()")
+    same = (g is then() and g._version == version for g, (then, version) in zip(gradients, left, strict=False))
+    if len(gradients) == len(left) and all(same):
+        raise RuntimeError("step() found the gradients as its last call has left them: call it after loss.backward()")

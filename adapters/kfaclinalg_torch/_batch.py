@@ -26,11 +26,8 @@ class Batch:
         self.inputs, self.targets, self.mask = inputs, targets, mask
         self.examples = examples  # None: all
         self.place = place  # among the chunks of a batch
-        tensors = [*tree_leaves(inputs), targets, *([] if mask is None else [mask])]
-        if len(tensors) < 2 or not all(isinstance(x, Tensor) and x.ndim > 0 for x in tensors):
-            raise ValueError(
-                "expected inputs (a tensor, a tuple or a dictionary of tensors) and targets (a tensor), the batch first"
-            )
+        tensors = [*_tensors("inputs", tree_leaves(inputs)), *_tensors("targets", [targets])]
+        tensors += [] if mask is None else _tensors("mask", [mask])
         sizes = [x.shape[0] for x in tensors]
         if len(set(sizes)) > 1 or sizes[0] == 0:
             raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
@@ -71,3 +68,15 @@ class Batch:
                 tree_map(lambda x, at=examples: x[at], self.inputs), self.targets[examples], mask, place=place
             )
             yield piece.counted / max(whole, 1), piece
+
+
+def _tensors(name: str, found: list[Any]) -> list[Tensor]:
+    """A ValueError says which of them is no tensor with examples."""
+    kind = "a tensor, a tuple or a dictionary of tensors" if name == "inputs" else "a tensor"
+    if not found:
+        raise ValueError(f"{name} hold nothing, expected {kind}, the batch first")
+    for x in found:
+        if not isinstance(x, Tensor) or not x.ndim:
+            came = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} hold {came}, expected {kind}, the batch first")
+    return found

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ._blocks import Block
 from ._discovery import Site
-from ._masks import mask_of_block
+from ._masks import check_examples, mask_of_block
 from ._use import Pass, Use, size_of
 from ._verdict import disagreement
 
@@ -52,6 +52,7 @@ class Capture:
         self.paused = self.removed = self.idle = False  # idle: a rule's forward would show what nobody keeps
         self.always = always  # whether a rule's forward takes the place of the module's in passes that show nothing
         self.now = Pass(0, 0)
+        self.left: list[Any] = []  # the gradients, and their versions, as a step left them
         self.trusted: set[nn.Module] = set()
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._replaced = []
@@ -97,7 +98,10 @@ class Capture:
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = self.mask_of(*args, **kwargs) if self.mask_of and not self.paused else None
-        self.now = Pass(self.now.number + 1, *size_of((args, kwargs)), mask)
+        examples, entries = size_of((args, kwargs))
+        if mask is not None and self._shows:
+            check_examples(mask, examples)
+        self.now = Pass(self.now.number + 1, examples, entries, mask)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: Any, returned: Any) -> None:

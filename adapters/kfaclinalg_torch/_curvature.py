@@ -16,6 +16,7 @@ from ._checkpoint import made, packed
 from ._determinant import Determinant
 from ._passes import Passes
 from ._scores import pairwise_scores, self_scores, variances
+from ._settings import check_generator
 from ._spectra import indicator, network_of, one_a_layer, spectra_of
 
 PARTS = ("top", "low")
@@ -92,6 +93,8 @@ class Curvature:
         Raises:
             ValueError: a parameter is missing, or one has another shape.
         """
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors is a {type(tensors).__name__}, expected a dictionary by the names of parameters")
         network, known = self._passes.trained.network, dict(self._passes.model.named_parameters())
         if missing := sorted(set(network.names.values()) - tensors.keys()):
             raise ValueError(f"tensors lack {', '.join(missing)}, got {', '.join(tensors) or 'none'}")
@@ -120,6 +123,7 @@ class Curvature:
         self, generator: torch.Generator | None = None, *, delta: Any = 1.0, scale: Any = 1.0
     ) -> dict[str, Tensor]:
         """Parameters drawn from N(θ, P⁻¹) with P = scale F + delta I, by name, for `torch.func.functional_call`."""
+        check_generator(generator)
         drawn: list[Any] = []
         for W, P in zip(self._passes.trained.network.weights(), self._shifted(delta, scale), strict=True):
             z = torch.randn(W.shape, generator=generator, dtype=self._passes.dtype, device=W.device)

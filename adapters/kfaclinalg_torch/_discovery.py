@@ -70,6 +70,8 @@ class Found:
 
 def unwrapped(model: Any) -> nn.Module:
     """The model itself, inside the wrappers of torch.compile and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if hasattr(model, "_orig_mod"):
         torch.compiler.reset()  # what was compiled before knows nothing of the hooks
         return unwrapped(model._orig_mod)

@@ -41,7 +41,12 @@ def gather(
     sources: list[Any] = [*(use.outputs for use in uses), *(leaves[block.parameter] for block in entries)]
     reached = [False] * len(sources)
     for draw, cotangent in enumerate(cotangents if sources else ()):
-        slopes = torch.autograd.grad(outputs, sources, cotangent, retain_graph=True, allow_unused=True)
+        try:
+            slopes = torch.autograd.grad(outputs, sources, cotangent, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError("update(outputs) comes before loss.backward(), which frees the graph") from error
         reached = [g is not None for g in slopes]
         for use, g in zip(uses, slopes, strict=False):
             if g is not None:

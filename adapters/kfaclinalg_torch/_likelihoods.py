@@ -151,6 +151,8 @@ def masked(likelihood: Likelihood, mask: Tensor | None, outputs: Tensor) -> Like
 
 
 def likelihood_of(likelihood: str | Likelihood) -> Likelihood:
+    if isinstance(likelihood, type):
+        raise TypeError(f"likelihood is the class {likelihood.__name__}, expected an object, {likelihood.__name__}()")
     if not isinstance(likelihood, str):
         missing = [name for name in ("loss", "sample", "fisher_product") if not hasattr(likelihood, name)]
         if missing:

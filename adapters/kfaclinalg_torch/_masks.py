@@ -20,6 +20,13 @@ def mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
     return found
 
 
+def check_examples(mask: Tensor, examples: int) -> None:
+    """A ValueError where it is of another number of examples; all positions in one row are known by their number."""
+    of_others = mask.numel() % examples if mask.ndim == 1 and examples else len(mask) - examples
+    if examples and of_others:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected ({examples}, ...), that of the examples")
+
+
 def counting(mask: Tensor) -> Tensor:
     """The examples of which any position counts (N,)."""
     return mask.reshape(len(mask), -1).any(1)

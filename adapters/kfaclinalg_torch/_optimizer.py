@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import Factors, KFACOptions, KFACState, LayerFactors, StepInfo, kfac_step
+from kfaclinalg import Factors, KFACState, LayerFactors, StepInfo, kfac_step
 
 from . import _resume as resume
 from ._batch import Batch
@@ -20,7 +20,7 @@ from ._likelihoods import Likelihood, likelihood_of, new_generator
 from ._masks import mask_of
 from ._once import restore
 from ._parallel import BEGIN, facts_of, part_of, probe, problem_of
-from ._settings import check_choice, tensor_of
+from ._settings import check_choice, options_of, tensor_of
 from ._table import table_of
 from ._team import Team, group_of
 from ._trained import Group, Trained
@@ -78,7 +78,7 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("KFAC takes its targets from the model: estimator is 'empirical', expected 'sampled'")
         check_choice("fallback", fallback, FALLBACKS)
         check_whole(model)
-        self.options = KFACOptions(**options).checked()
+        self.options = options_of(options)
         known = found(model, skip, table_of(layers), fallback)
         linked = self.options.structure_value.linked
         self._trained = Trained(model, known, linked=linked, weight_sharing=weight_sharing, fallback=fallback)

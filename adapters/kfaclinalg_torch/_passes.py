@@ -20,7 +20,7 @@ from ._gather import gather
 from ._layer import Layer
 from ._likelihoods import Likelihood, likelihood_of, masked, new_generator
 from ._masks import mask_of
-from ._settings import check_choice, dtype_of, tensor_of, values_of
+from ._settings import check_choice, check_generator, check_known, dtype_of, tensor_of, values_of
 from ._statistics import Statistic
 from ._table import table_of
 from ._team import Team, group_of
@@ -51,7 +51,10 @@ class Passes:
         generator: torch.Generator | None = None,
         factor_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        **unknown: Any,
     ) -> None:
+        check_known(unknown)
+        check_generator(generator)
         check_choice("fallback", fallback, FALLBACKS)
         if mask is not None and not callable(mask):
             raise TypeError(f"mask is a {type(mask).__name__}, expected a function of the model's inputs or None")

@@ -63,6 +63,11 @@ class Seen:
         """
         if isinstance(self.estimator, Empirical):
             raise ValueError("estimator 'empirical' takes its statistics from loss.backward(): do not call update()")
+        capture = self._estimate.capture
+        if capture.removed:
+            raise RuntimeError("update() comes after remove(), which took the hooks away: make a new preconditioner")
+        if not capture.now.number and not capture.called:
+            raise ValueError("update() got outputs of a pass that was not seen: call the model after this was made")
         self._estimate.update(outputs)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -40,7 +40,8 @@ def check_numbers(**options: Any) -> None:
 def _needs_no_check(name: str, value: Any) -> bool:
     if value is None or isinstance(value, str):
         return name in {None: ("kl_clip", "length"), AUTO: (*COUNTS, "length")}.get(value, ())
-    return callable(value) or (name == "damping" and isinstance(value, Relative))
+    function = callable(value) and not isinstance(value, type)
+    return function or (name == "damping" and isinstance(value, Relative))
 
 
 def check_together(estimator: Any, likelihood: Any, length: Any, kl_clip: Any, kl_lr: Any, generator: Any) -> None:
@@ -54,8 +55,19 @@ def check_together(estimator: Any, likelihood: Any, length: Any, kl_clip: Any, k
         raise ValueError(f"estimator {estimator!r} samples from the model: give a likelihood, or take 'empirical'")
     if empirical and likelihood is not None:
         raise ValueError("likelihood would have no effect with the empirical estimator, which takes the loss's own")
+    check_generator(generator)
+
+
+def check_generator(generator: Any) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
+
+
+def check_known(given: Iterable[str], known: Iterable[str] = ()) -> None:
+    """A TypeError names the options that there are not."""
+    if unknown := sorted(set(given) - set(known)):
+        expected = f", expected some of {', '.join(known)}" if known else ""
+        raise TypeError(f"got the unknown options {', '.join(unknown)}{expected}")
 
 
 def at(step: int, name: str, value: Any) -> Any:
@@ -72,11 +84,17 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
+def options_of(given: dict[str, Any]) -> KFACOptions:
+    """The constants of Algorithm 2; a TypeError or ValueError says which is wrong."""
+    check_known(given, KFACOptions._fields)
+    check_generator(given.get("generator"))
+    return KFACOptions(**given).checked()
+
+
 def values_of(estimator: Any, structure: Any, short: dict[str, Any]) -> tuple[Any, Any]:
     """The estimator and the structure, each with the constants that belong to it."""
     known = ("samples", "reduction", "grad_scaler", "exact_damping", "rank", "pi_norm")
-    if unknown := sorted(short.keys() - set(known)):
-        raise TypeError(f"got the unknown options {', '.join(unknown)}")
+    check_known(short.keys() - set(known))
     constants = [{name: short.get(name) for name in names} for names in (known[:3], ("rank", "pi_norm"))]
     exact = short.get("exact_damping", False)
     return estimator_of(estimator, **constants[0]), structure_of(structure, exact_damping=exact, **constants[1])
@@ -141,4 +159,6 @@ def tensor_of(outputs: Any, returned: Any) -> Tensor:
             f"outputs is a {type(found).__name__}, expected a tensor: say with outputs= which of what the model "
             "returns the likelihood is of, by a function, or a key, index or attribute"
         )
+    if not found.ndim:
+        raise ValueError("outputs is a scalar, expected what the model returned, the batch first, and not a loss")
     return found

@@ -41,6 +41,8 @@ class Watch:
     ) -> None:
         if not isinstance(optimizer, KFAC | KFACPreconditioner):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected KFAC or KFACPreconditioner")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback is {callback!r}, expected a function of the step and its record")
         self.optimizer, self.callback = optimizer, callback
         self.history: list[Scalars] = []
         self._seconds: Scalars = {}
@@ -58,6 +60,8 @@ class Watch:
             with self._timed("step"):
                 result = self.optimizer.step(*args, **options)
             record = _of_info(self.optimizer)
+        elif args or options:
+            raise TypeError("the step of KFACPreconditioner takes no arguments: it is for the gradients that are there")
         else:
             result, record = None, self._preconditioned(self.optimizer)
         record |= {f"seconds/{task}": seconds for task, seconds in self._seconds.items()}

@@ -10,7 +10,7 @@ from torch.nn import functional
 from training import ESTIMATORS, assert_untouched, attributes, backward, batch, network, one_step, preconditioned
 
 from kfaclinalg import Eigen, Exact
-from kfaclinalg_torch import KFACPreconditioner, Sampled
+from kfaclinalg_torch import KFAC, Categorical, KFACPreconditioner, Relative, Sampled, fit_curvature
 
 MISTAKES = [
     ({"estimator": "fisher"}, "estimator is 'fisher', expected one of"),
@@ -31,6 +31,7 @@ MISTAKES = [
     ({"likelihood": "poisson"}, "likelihood is 'poisson', expected one of"),
     ({"likelihood": object()}, "lacks the methods"),
     ({"likelihood": None}, "likelihood"),
+    ({"likelihood": Categorical}, r"likelihood is the class Categorical, expected an object, Categorical\(\)"),
     ({"weight_sharing": "both"}, "weight_sharing"),
     ({"weight_sharing": {"0": "both"}}, "weight_sharing"),
     ({"weight_sharing": {"nothing": "reduce"}}, "weight_sharing names nothing"),
@@ -38,6 +39,7 @@ MISTAKES = [
     ({"skip": "0"}, "skip"),
     ({"damping": -1.0}, "damping"),
     ({"damping": math.nan}, "damping"),
+    ({"damping": Relative}, "damping is .*Relative.*, expected a number or a function"),
     ({"damping": math.inf}, "damping"),
     ({"decay": 1.0}, "decay"),
     ({"decay": -0.1}, "decay"),
@@ -72,6 +74,14 @@ def test_a_wrong_option_is_refused_at_once_and_leaves_no_hook(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         KFACPreconditioner(model, **({"likelihood": "categorical"} | options))
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    "make", [KFACPreconditioner, KFAC, lambda model, likelihood: fit_curvature(model, likelihood, [])]
+)
+def test_what_is_no_module_is_refused(make):
+    with pytest.raises(TypeError, match=r"model is a generator, expected a torch\.nn\.Module"):
+        make(network(4, 3).parameters(), likelihood="categorical")
 
 
 def test_a_wrong_keyword_is_refused():
@@ -158,13 +168,37 @@ class TestUpdate:
             preconditioner.update(outputs)
 
     def test_after_the_backward_pass(self, estimator):
-        """Its graph is gone: torch says so."""
         model, (x, y) = network(4, 5, 3), batch()
         preconditioner = preconditioned(model, estimator)
         outputs = model(x)
         functional.cross_entropy(outputs, y).backward()
-        with pytest.raises(RuntimeError, match="backward"):
+        with pytest.raises(RuntimeError, match=r"update\(outputs\) comes before loss\.backward\(\)"):
             preconditioner.update(outputs)
+
+    def test_with_the_loss(self, estimator):
+        model, (x, y) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        loss = functional.cross_entropy(model(x), y)
+        with pytest.raises(ValueError, match="outputs is a scalar, expected what the model returned"):
+            preconditioner.update(loss)
+
+    def test_with_a_pass_from_before(self, estimator):
+        """Its layers, of which no call was seen, would be taken for none, for good."""
+        model, (x, y) = network(4, 5, 3), batch()
+        outputs = model(x)
+        preconditioner = preconditioned(model, estimator)
+        with pytest.raises(ValueError, match="a pass that was not seen"):
+            preconditioner.update(outputs)
+        one_step(model, preconditioner, x, y)
+        assert list(preconditioner.layers) == ["0", "2"]
+        assert not preconditioner.fallback
+
+    def test_after_remove(self, estimator):
+        model, (x, _) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        preconditioner.remove()
+        with pytest.raises(RuntimeError, match=r"after remove\(\)"):
+            preconditioner.update(model(x))
 
     def test_after_an_input_was_changed_in_place(self, estimator):
         model, (x, _) = network(4, 3), batch()
@@ -210,3 +244,33 @@ def test_step_before_anything_was_captured(estimator):
     with pytest.raises(RuntimeError, match=f"nothing was captured before step.*{missing}"):
         preconditioner.step()
     one_step(model, preconditioner, *batch())  # it is as before
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+@pytest.mark.parametrize("zeroed", [None, True])
+def test_step_without_a_backward_pass(estimator, zeroed):
+    """Before it, or once more after it; the averages are as they were."""
+    model, (x, y) = network(4, 5, 3), batch()
+    preconditioner = preconditioned(model, estimator, statistics_period=1)
+    one_step(model, preconditioner, x, y)
+    if zeroed:
+        model.zero_grad(set_to_none=True)
+    gradients = [None if zeroed else p.grad.clone() for p in model.parameters()]
+    preconditioner.update(model(x))
+    message = "no parameter has a gradient" if zeroed else "found the gradients as its last call has left them"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            preconditioner.step()
+    assert preconditioner.state_dict()["averages"]["taken"] == 1
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert p.grad is None if zeroed else torch.equal(p.grad, g)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_gradient_that_comes_out_the_same_is_a_new_one(to_none):
+    model, (x, y) = network(4, 5, 3), batch()
+    preconditioner = preconditioned(model, "exact", damping=1.0, inverse_period=100, decay=0.0)
+    for _ in range(2):
+        model.zero_grad(set_to_none=to_none)
+        backward(model, preconditioner, x, y)
+        preconditioner.step()

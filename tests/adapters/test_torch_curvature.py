@@ -404,6 +404,13 @@ def test_mistakes_are_refused():
         curvature.pack({k: v for k, v in case.parameters.items() if k != "2.bias"})
     with pytest.raises(ValueError, match=r"'0\.bias' has shape"):
         curvature.pack(case.parameters | {"0.bias": torch.ones(2)})
+    with pytest.raises(TypeError, match="tensors is a list, expected a dictionary"):
+        curvature.pack(list(case.parameters.values()))
+    with pytest.raises(TypeError, match="generator is 0, expected"):
+        curvature.sample(0)
+    for options, what in (({"damping": 1.0}, "unknown options damping"), ({"generator": 0}, "generator is 0")):
+        with pytest.raises(TypeError, match=what):
+            case.fit(**options)
     with pytest.raises(ValueError, match="Vs have shapes"):
         curvature.unpack([torch.ones(2, 2)])
     with pytest.raises(ValueError, match="expected one of"):

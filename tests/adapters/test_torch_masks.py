@@ -121,6 +121,11 @@ def test_the_mask_may_be_set_before_a_pass():
     one.mask = torch.ones(3, 5)
     with pytest.raises(TypeError, match=r"mask gives a torch\.float64, expected a boolean tensor"):
         whole(padded(x, PAD))
+    one.mask = torch.ones(2, 5, dtype=torch.bool)  # that of another batch
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\), expected \(3, \.\.\.\)"):
+        whole(padded(x, PAD))
+    with torch.no_grad():
+        whole(padded(x, PAD))  # shows nothing
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -113,7 +113,8 @@ X, Y = parity()
         (None, X[:0], Y[:0], r"have \[0, 0\] examples"),
         (None, X, Y + 1, r"targets lie in \[1, 2\], expected \[0, 1\] \(categorical\)"),
         (None, X, Y[:, None], r"targets have shape \(256, 1\) for outputs of shape \(256, 2\)"),
-        (None, X, Y.tolist(), "expected inputs .* and targets"),
+        (None, X, Y.tolist(), "targets hold a list, expected a tensor, the batch first"),
+        (None, X.tolist(), Y, "inputs hold a float, expected a tensor, a tuple or a dictionary of tensors"),
         (None, X[:, None], Y, r"targets have shape \(256,\) for outputs of shape \(256, 1, 2\)"),
         (Twice, X, Y, r"expected every trained parameter in a forward pass, got nothing of idle.weight, idle.bias"),
     ],
@@ -242,8 +243,10 @@ def test_the_options_are_those_of_the_core():
     assert optimizer.options._replace(generator=None) == KFACOptions(damping=3.0, inverse_period=5)
     with pytest.raises(ValueError, match="damping is -1"):
         KFAC(network(4, 2), "categorical", damping=-1)
-    with pytest.raises(TypeError, match="learning_rate"):
+    with pytest.raises(TypeError, match="unknown options learning_rate, expected some of structure, damping, "):
         KFAC(network(4, 2), "categorical", learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"generator is 0, expected a torch\.Generator or None"):
+        KFAC(network(4, 2), "categorical", generator=0)
     with pytest.raises(ValueError, match="likelihood is 'poisson', expected one of 'bernoulli', 'categorical', 'gau"):
         KFAC(network(4, 2), "poisson")
     with pytest.raises(ValueError, match="lacks the methods loss, sample, fisher_product"):

@@ -187,6 +187,10 @@ def test_mistakes(data, tmp_path):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="SGD, expected KFAC"):
         Watch(sgd)
+    with pytest.raises(TypeError, match=r"callback is 'log\.txt', expected a function"):
+        Watch(KFAC(model, "categorical"), "log.txt")
+    with pytest.raises(TypeError, match="the step of KFACPreconditioner takes no arguments"):
+        Watch(KFACPreconditioner(model, likelihood="categorical")).step(*data)
     with pytest.raises(TypeError, match="SGD, expected KFAC"):
         report(sgd, tmp_path / "page.html")
     with pytest.raises(ValueError, match="take a step first"):
