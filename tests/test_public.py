@@ -5,15 +5,18 @@ import re
 import subprocess
 import sys
 import tomllib
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
+import _arguments
 import kfaclinalg
 import kfaclinalg_jax
 import kfaclinalg_mlp
 import kfaclinalg_torch
 from kfaclinalg import spd
+from mnist_autoencoder import load_digits
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
@@ -142,7 +145,24 @@ def test_the_fields_of_the_records_are_the_contract():
 def test_an_adapter_says_which_framework_is_missing(package, framework):
     program = f"import sys; sys.modules[{framework!r}] = None; import {package}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert re.search(rf"ModuleNotFoundError: {package} needs \w+: pip install 'kfaclinalg\[\w+\]'", done.stderr)
+    assert re.search(rf"ModuleNotFoundError: {package} needs \w+: pip install {framework}", done.stderr)
+
+
+def test_the_examples_refuse_arguments_that_make_no_sense(tmp_path):
+    (tmp_path / "file").touch()
+    for kind, sound, wrong in (
+        (_arguments.whole, "0", ("-1", "1.5", "x", "")),
+        (_arguments.count, "3", ("0", "-1", "1.5")),
+        (_arguments.positive, "0.5", ("0", "-1", "nan", "inf", "x")),
+        (_arguments.folder, str(tmp_path / "a" / "b"), (str(tmp_path / "file"), str(tmp_path / "file" / "c"))),
+    ):
+        assert str(kind(sound)) == sound
+        for text in wrong:
+            with pytest.raises(ArgumentTypeError, match=f"got {re.escape(repr(text))}, expected"):
+                kind(text)
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(SystemExit, match=r"nothing\.npz is no \.npz with x_train and y_train"):
+        load_digits(tmp_path / "nothing.npz")
 
 
 def test_the_packages_are_typed():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 from tqdm import tqdm
 
+from _arguments import count, folder, whole
 from _demo_page import STYLE
 from mnist_autoencoder import ROOT, load_digits, print_table
 
@@ -58,10 +59,10 @@ def arguments(doc: str | None, **more: int) -> argparse.Namespace:
     """--quick, --seed, --out, and numbers by their names."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a run of seconds, which shows little")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "figures", help="folder (build/figures)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the initial weights and all sampling (default 0)")
+    parser.add_argument("--out", type=folder, default=ROOT / "build" / "figures", help="folder (build/figures)")
     for name, default in more.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"default {default}")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # layers of this size gain nothing from more

@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from _arguments import folder
 from _demo_page import COLOURS, FAINT, STYLE, mark_log_axis
 from mnist_autoencoder import ROOT, print_table
 
@@ -192,7 +193,7 @@ def run(doc: str, title: str, name: str, train: Train, plan: Plan, quick: Plan) 
     """The command line of both examples."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short run of about 15 seconds, which shows little")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "figures", help="folder (build/figures)")
+    parser.add_argument("--out", type=folder, default=ROOT / "build" / "figures", help="folder (build/figures)")
     args = parser.parse_args()
     plan = quick if args.quick else plan
     torch.set_num_threads(1)  # layers of this size gain nothing from more

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from _arguments import whole
+
 PIXELS = 28
 MARGIN = 4.0  # of the three points, in pixels: the curve leaves their box by less than 3
 WIDTH = 0.8  # the standard deviation of the ink across the stroke, in pixels
@@ -60,7 +62,7 @@ def main() -> None:
     import matplotlib.image
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "figures" / "curves.png")
     args = parser.parse_args()
     images = curves(80, np.random.default_rng(args.seed)).reshape(5, 16, PIXELS, PIXELS)

@@ -25,6 +25,7 @@ from torch import distributed, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import trange
 
+from _arguments import count
 from _cost_model import NETWORKS, dense, model_of
 from _sent_bytes import Sent
 from kfaclinalg_torch import KFACPreconditioner
@@ -133,7 +134,7 @@ def draw(found: dict[int, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=count, default=100)
     parser.add_argument("--quick", action="store_true", help="20 steps")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     given = parser.parse_args()

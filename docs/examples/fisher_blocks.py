@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from _arguments import folder, whole
 from _fisher_blocks_matrices import (
     Fisher,
     Matrices,
@@ -212,9 +213,9 @@ def main() -> None:
         "--quick", action="store_true", help="10 units a layer and 300 digits, for a test of the script"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the initial weights and the sampled targets (default 0)"
+        "--seed", type=whole, default=0, help="of the initial weights and the sampled targets (default 0)"
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the pictures (build/figures)")
+    parser.add_argument("--out", type=folder, default=OUT, help="folder of the pictures (build/figures)")
     args = parser.parse_args()
     hidden, N = (10, 300) if args.quick else (20, 1000)
     digits, labels = load_digits(N)

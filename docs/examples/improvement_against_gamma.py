@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
+from _arguments import count, positive, whole
 from _demo_page import COLOURS, FAINT, INK, STYLE
 from kfaclinalg import block_diagonal_inverse, block_tridiagonal_inverse, fit_quadratic, inner_products
 from kfaclinalg_torch import KFAC
@@ -146,9 +147,9 @@ def draw(curves: dict[tuple[str, str], np.ndarray], gammas: np.ndarray, at: Chec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer iterations and values of γ")
-    parser.add_argument("--iterations", type=int, help="of K-FAC before the sweep (default 150, with --quick 40)")
-    parser.add_argument("--damping", type=float, help="λ at the start (default 150, the paper's; with --quick 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
+    parser.add_argument("--iterations", type=count, help="of K-FAC before the sweep (default 150, with --quick 40)")
+    parser.add_argument("--damping", type=positive, help="λ at the start (default 150, the paper's; with --quick 1)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the initial weights and all sampling (default 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the layers are small: a second thread would only wait for the first
     # With λ0 = 150, λ is still so large after 40 iterations that it limits all rescaled updates; λ0 = 1 is past that.

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from tqdm import trange
 
+from _arguments import count, folder
 from kfaclinalg_jax import Network, precondition
 
 try:
@@ -140,8 +141,8 @@ def drawn(runs, best, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20 steps, and one rate of each")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the picture")
+    parser.add_argument("--steps", type=count, default=500)
+    parser.add_argument("--out", type=folder, default=OUT, help="folder of the picture")
     args = parser.parse_args()
     steps, data = 20 if args.quick else args.steps, pieces()
     rates = {name: values[1:2] if args.quick else values for name, values in RATES.items()}

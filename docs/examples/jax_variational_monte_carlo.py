@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import trange
 
+from _arguments import folder
 from kfaclinalg import kfac_report
 from kfaclinalg_jax import KFAC, Network
 
@@ -153,7 +154,7 @@ def drawn(seen, params, out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and walkers")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the picture")
+    parser.add_argument("--out", type=folder, default=OUT, help="folder of the picture")
     arguments = parser.parse_args()
     seen, params, info = train(*((60, 512) if arguments.quick else (500, 2048)), jax.random.key(0))
     last = seen[len(seen) // 2 :, 0]

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from _arguments import folder, positive, whole
 from _demo_page import write_page
 from kfaclinalg_torch import KFAC
 
@@ -104,11 +106,14 @@ class Run:
 
 def load_digits(path: Path) -> tuple[Tensor, np.ndarray]:
     """Digits (N, 784) with pixels in [0, 1], and their labels (N,), of an .npz or a folder of IDX files."""
-    if path.is_dir():
-        images, labels = read_idx(path, "train-images*"), read_idx(path, "train-labels*")
-    else:
-        with np.load(path) as archive:
-            images, labels = archive["x_train"], archive["y_train"]
+    try:
+        if path.is_dir():
+            images, labels = read_idx(path, "train-images*"), read_idx(path, "train-labels*")
+        else:
+            with np.load(path) as archive:
+                images, labels = archive["x_train"], archive["y_train"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path} is no .npz with x_train and y_train, and no folder of IDX files: {error}") from error
     return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / 255), labels
 
 
@@ -369,10 +374,10 @@ def print_table(rows: list[list[str]]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short run of about 25 seconds in all")
-    parser.add_argument("--seconds", type=float, help=f"training time of each method (default {SECONDS:g})")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
+    parser.add_argument("--seconds", type=positive, help=f"training time of each method (default {SECONDS:g})")
+    parser.add_argument("--seed", type=whole, default=0, help="of the initial weights and all sampling (default 0)")
     parser.add_argument("--data", type=Path, default=DIGITS, help="an .npz (x_train, y_train) or a folder of IDX files")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo", help="folder of the page (build/demo)")
+    parser.add_argument("--out", type=folder, default=ROOT / "build" / "demo", help="folder of the page (build/demo)")
     parser.add_argument("--sweep", action="store_true", help="only repeat the choice of settings (40 minutes)")
     return parser.parse_args()
 

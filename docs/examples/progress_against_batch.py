@@ -33,6 +33,7 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from _arguments import whole
 from _demo_page import COLOURS, FAINT, STYLE
 from kfaclinalg_torch import KFAC
 from mnist_autoencoder import (
@@ -172,7 +173,7 @@ def draw(curves: dict[tuple[str, str], np.ndarray], found: list[Start], sizes: S
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter runs with fewer m")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the initial weights and all sampling (default 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the layers are small: a second thread would only wait for the first
     images, _ = load_digits(DIGITS)

@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from tqdm import tqdm
 
+from _arguments import count, folder, positive
 from _race_page import Run, table_of, write_page
 from _race_tasks import TASKS, Data, Task
 from kfaclinalg_torch import KFAC, KFACPreconditioner
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run of about 30 seconds, which shows little")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=float, default=1.0, help="part of each task's steps (1)")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--steps", type=positive, default=1.0, help="part of each task's steps (1)")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "race", help="folder (build/race)")
+    parser.add_argument("--out", type=folder, default=ROOT / "build" / "race", help="folder (build/race)")
     args = parser.parse_args()
     if args.quick:
         args.tasks, args.methods = (
@@ -230,10 +230,8 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
-    found = (
-        [Run(*run) for run in json.loads(path.read_text(encoding="utf-8"))] if path.exists() and not args.quick else []
-    )
-    known = {run.key: run for run in found}
+    stored = path.read_text(encoding="utf-8") if path.exists() and not args.quick else "[]"
+    known = {run.key: run for run in (Run(*fields) for fields in json.loads(stored))}
 
     def store(run: Run) -> None:
         known[run.key] = run
@@ -241,6 +239,8 @@ def main() -> None:
 
     if not args.report:
         race(args, store)
+    if not known:
+        raise SystemExit(f"no run is in {path}")
     rows = table_of(list(known.values()))
     print_table(rows)
     write_page(args.out / "index.html", list(known.values()), rows)

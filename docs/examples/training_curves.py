@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from _arguments import folder, positive, whole
 from _training_pictures import draw_figure_10, draw_figure_11, draw_fixed_batch
 from curves import curves
 from kfaclinalg_torch import KFAC
@@ -282,10 +283,10 @@ def fixed_batch_table(runs: dict[str, list[Run]], errors: tuple[float, ...]) -> 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short run of at most 20 seconds in all")
-    parser.add_argument("--seconds", type=float, help="training time of each method (default 8, with --quick 0.8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and all sampling (default 0)")
+    parser.add_argument("--seconds", type=positive, help="training time of each method (default 8, with --quick 0.8)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the initial weights and all sampling (default 0)")
     parser.add_argument("--fixed-batch", action="store_true", help="only the comparison with m = 1000, three seeds")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "figures", help="folder (build/figures)")
+    parser.add_argument("--out", type=folder, default=ROOT / "build" / "figures", help="folder (build/figures)")
     return parser.parse_args()
 
 
