@@ -73,7 +73,7 @@ plt.show()
 # stays.
 #
 # **α** is the length that the exact model gives to the proposal. It is rarely 1: the proposal is made with γ, which
-# makes up for the Kronecker approximation too. A small α says that F̆ is too small there.
+# makes up for the Kronecker approximation too. A small α says that F̆, which approximates F, is too small there.
 #
 # **μ** is how much of the last update is taken again, and is found together with α. Near 1 it is a long memory; it
 # may exceed 1 and be negative.
