@@ -7,7 +7,7 @@ equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A an
 try:
     import jax as _jax  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("kfaclinalg_jax needs JAX: pip install 'kfaclinalg[optax]'", name="jax") from error
+    raise ModuleNotFoundError("kfaclinalg_jax needs JAX: pip install jax optax", name="jax") from error
 
 from ._damping import Relative
 from ._door import layer

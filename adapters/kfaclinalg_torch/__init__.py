@@ -8,9 +8,7 @@ of one), `_capture` (how that is seen), `_statistics` and `_estimate` (A and G),
 try:
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "kfaclinalg_torch needs PyTorch: pip install 'kfaclinalg[torch]'", name="torch"
-    ) from error
+    raise ModuleNotFoundError("kfaclinalg_torch needs PyTorch: pip install torch", name="torch") from error
 
 from ._blocks import Block, Dense, Rows
 from ._curvature import Curvature

@@ -45,7 +45,7 @@ class KFAC(torch.optim.Optimizer):
             torch's global one.
 
     Raises:
-        ValueError: nothing is trained, a wrong option, parameters of several dtypes or devices; all are named.
+        TypeError, ValueError: nothing is trained, a wrong option, or parameters of several dtypes or devices, by name.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = KFAC(model, "gaussian", damping=0.1)

@@ -23,7 +23,7 @@ class Watch:
 
     `history` has a dictionary of numbers for each step. Of `KFAC` they are those of `info`, `refused` being 0 or 1, and
     `seconds/step`. Of a preconditioner they are the lengths of a layer's gradient and of what became of it,
-    `gradient/0.weight` and `update/0.weight`, the cosine of their angle, `cosine/...`, `rejected`, and the seconds of
+    `gradient/0` and `update/0`, the cosine of their angle, `cosine/...`, `rejected`, and the seconds of
     its tasks: `seconds/update`, `seconds/averages`, `seconds/refresh`, `seconds/products`. The device is waited for.
 
     Args:
