@@ -101,11 +101,7 @@ class Gaussian:
         return _one_hot(outputs, unit)
 
 
-LIKELIHOODS: dict[str, Likelihood] = {
-    "bernoulli": Bernoulli(),
-    "categorical": Categorical(),
-    "gaussian": Gaussian(),
-}
+LIKELIHOODS: dict[str, Likelihood] = {"bernoulli": Bernoulli(), "categorical": Categorical(), "gaussian": Gaussian()}
 
 
 class Masked:
@@ -142,6 +138,8 @@ class Masked:
 
 def masked(likelihood: Likelihood, mask: Tensor | None, outputs: Tensor) -> Likelihood:
     """The likelihood of the positions that count; all do where the mask is not of the outputs' positions."""
+    if isinstance(likelihood, Categorical) and outputs.ndim < 2:
+        raise ValueError(f"outputs have shape {tuple(outputs.shape)}, expected (N, ..., classes) (categorical)")
     if mask is None:
         return likelihood
     if mask.ndim < outputs.ndim and mask.shape == outputs.shape[: mask.ndim]:

@@ -182,6 +182,12 @@ class TestUpdate:
         with pytest.raises(ValueError, match="outputs is a scalar, expected what the model returned"):
             preconditioner.update(loss)
 
+    def test_with_one_logit_for_each_example(self, estimator):
+        model, (x, _) = network(4, 1), batch()
+        preconditioner = preconditioned(model, estimator)
+        with pytest.raises(ValueError, match=r"outputs have shape \(12,\), expected \(N, \.\.\., classes\)"):
+            preconditioner.update(model(x)[:, 0])
+
     def test_with_a_pass_from_before(self, estimator):
         """Its layers, of which no call was seen, would be taken for none, for good."""
         model, (x, y) = network(4, 5, 3), batch()
