@@ -1,5 +1,7 @@
 """Sphinx configuration."""
 
+import inspect
+import re
 from typing import Any
 
 project = "kfaclinalg"
@@ -55,9 +57,19 @@ sphinx_gallery_conf = {
 
 
 def skip_bare_field(app: Any, what: str, name: str, obj: object, *skip_and_options: Any) -> bool | None:
-    """Leave out a field of a NamedTuple that has no text of its own."""
+    """Leave out a field of a NamedTuple: `add_fields` has those with a text."""
     return True if str(obj.__doc__).startswith("Alias for field number") else None
+
+
+def add_fields(app: Any, what: str, name: str, obj: object, *options_and_lines: Any) -> None:
+    """The fields of a NamedTuple are documented by the comments beside them."""
+    lines = options_and_lines[-1]
+    if what == "class" and hasattr(obj, "_fields"):
+        lines.append("")
+        for field, text in re.findall(r"^    (\w+): .+?  #:? (.+)$", inspect.getsource(obj), re.MULTILINE):
+            lines.append(f":param {field}: " + re.sub(r"([*|])", r"\\\1", text))
 
 
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_bare_field)
+    app.connect("autodoc-process-docstring", add_fields)

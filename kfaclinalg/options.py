@@ -13,7 +13,7 @@ MOMENTA = ("quadratic-model", "none")
 
 
 class KFACOptions(NamedTuple):
-    """The constants of the paper; the comment gives the symbol and the section.
+    """The constants of the paper, each with its symbol and section.
 
     >>> KFACOptions(damping_period=2, damping_decay=0.5).omega1
     0.25

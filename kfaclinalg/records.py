@@ -63,15 +63,15 @@ class KFACState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What happened in one step, for the reader. `loss` is h before it, weight decay included."""
+    """What happened in one step, for the reader."""
 
-    loss: Scalars
-    damping: Scalars
-    gamma: Scalars
-    alpha: Scalars
-    mu: Scalars
+    loss: Scalars  # h(θ) before it, weight decay included
+    damping: Scalars  # λ that it was taken with
+    gamma: Scalars  # γ that it was taken with
+    alpha: Scalars  # α, of the proposal
+    mu: Scalars  # μ, of the last update
     change: Scalars  # M(δ) - M(0)
     ratio: Scalars  # ρ; NaN where λ is not adapted to it
-    update_norm: Scalars
-    refreshed: Any
+    update_norm: Scalars  # ‖δ‖
+    refreshed: Any  # whether the inverse was
     refused: Any  # why the step was not taken, or ""; of a compiled iteration the number of the reason, or 0

@@ -18,7 +18,8 @@ from ._masks import counting, spread
 class Likelihood(Protocol):
     """What `KFAC` asks of a likelihood; it may also have a method `check(outputs, targets)` that raises ValueError."""
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Minus the log likelihood, the mean over the examples."""
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Targets drawn from the model's own distribution."""

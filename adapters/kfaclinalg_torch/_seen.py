@@ -59,8 +59,8 @@ class Seen:
             outputs: what the model returned, of which the option `outputs` takes the tensor; or that tensor.
 
         Raises:
-            ValueError: the estimator is "empirical", which takes the loss's own backward pass; a loss in the place of the
-                outputs, or outputs of a pass that was not seen.
+            ValueError: the estimator is "empirical", which takes the loss's own backward pass; a loss, or outputs of
+                a pass that was not seen.
             RuntimeError: the loss's backward pass came before, or `remove`.
         """
         if isinstance(self.estimator, Empirical):
