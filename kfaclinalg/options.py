@@ -19,17 +19,17 @@ class KFACOptions(NamedTuple):
     0.25
     """
 
-    structure: Any = "block-diagonal"  # F̆ (4.2), "block-tridiagonal", F̂ (4.3), "eigen" (EKFAC), or a `Structure`
+    structure: Any = "block-diagonal"  # F̆ (4.2); "block-tridiagonal": F̂ (4.3); "eigen": EKFAC; or a `Structure`
     damping: float = 1.0  # λ at the start (6.5; the paper: 150)
     weight_decay: float = 1e-5  # η (6.1)
     momentum: str = "quadratic-model"  # (α, μ) (7), or "none": α alone (6.4)
-    damping_period: int = 5  # T1 (6.5)
-    damping_decay: float = 0.95  # ω1 = damping_decay**T1 (6.5)
-    gamma_period: int = 20  # T2 (6.6)
-    gamma_decay: float = math.sqrt(0.95)  # ω2 = gamma_decay**T2 (6.6)
-    inverse_period: int = 20  # T3 (8)
-    statistics_fraction: float = 1 / 8  # τ1 = |S1| / |S'| (8)
-    curvature_fraction: float = 1 / 4  # τ2 = |S2| / |S'| (8) at the start; `KFACState` has what it has grown to
+    damping_period: int = 5  # T1, steps from one change of λ to the next (6.5)
+    damping_decay: float = 0.95  # of λ in a step; ω1 = damping_decay**T1 (6.5)
+    gamma_period: int = 20  # T2, steps from one choice of γ to the next (6.6)
+    gamma_decay: float = math.sqrt(0.95)  # of γ in a step; ω2 = gamma_decay**T2 (6.6)
+    inverse_period: int = 20  # T3, steps from one inverse to the next (8)
+    statistics_fraction: float = 1 / 8  # τ1 = |S1| / |S'|, the part of the batch for A and G (8)
+    curvature_fraction: float = 1 / 4  # τ2 = |S2| / |S'|, that for M (8), at the start: `KFACState` has it later
     averaging_maximum: float = 0.95  # bound of ε (5)
     pi_norm: str = "trace"  # the norm of π (6.3)
     chunk_size: int | None = None  # examples at once (13); None: all
