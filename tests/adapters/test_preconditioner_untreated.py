@@ -218,9 +218,10 @@ def test_a_layer_that_comes_late_is_averaged_from_its_own_first_statistic():
     preconditioner = preconditioned(model, "exact")
     for step in range(5):
         one_step(model, preconditioner, *batch(seed=step))
-    x, _ = batch(seed=9)
+    x, y = batch(seed=9)
     outputs = model(x, rarely=True)
     preconditioner.update(outputs)
+    functional.cross_entropy(outputs, y).backward()
     preconditioner.step()
     a = functional.pad(model.layer(x).detach(), (0, 1), value=1.0)
     assert_near(preconditioner.layers["rare"].A, a.mT @ a / len(x))
