@@ -204,7 +204,8 @@ def test_a_copy_of_a_model_in_training_is_a_model():
     model, (x, y) = Mixed(), mixed_batch()
     preconditioner = preconditioned(model, "exact")
     average = torch.optim.swa_utils.AveragedModel(model)
-    assert torch.equal(average(x), model(x))
+    with preconditioner.paused():  # by the modules' own passes; a rule's rounds in another order
+        assert torch.equal(average(x), model(x))
     came = one_step(model, preconditioner, x, y)
     other = Mixed()
     assert_same(came, one_step(other, preconditioned(other, "exact"), x, y))
