@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from weakref import ref
 
@@ -23,7 +24,10 @@ def step_alone(p: Any) -> None:
     scale, shown = estimate.scale, not estimate.statistic.empty
     if not estimate.averages.taken and not shown:
         raise nothing(p)
-    _check(gradients, estimate.capture.left)
+    if not gradients:
+        warnings.warn("no parameter has a gradient in step(): call it after loss.backward()", stacklevel=3)
+    elif not shown:
+        _check(gradients, estimate.capture.left)
     new = estimate.average(gradients, inverses, p._decay) if shown else None
     averages = estimate.averages.of(p._layers)
     if new is not None:
@@ -43,9 +47,7 @@ def nothing(p: Any) -> RuntimeError:
 
 
 def _check(gradients: list[Tensor], left: list[Any]) -> None:
-    """A RuntimeError where no backward pass has come before; `left` is what the last step left."""
-    if not gradients:
-        raise RuntimeError("no parameter has a gradient in step(): call it after loss.backward()")
+    """A RuntimeError for the gradients that the last step has `left`."""
     same = (g is then() and g._version == version for g, (then, version) in zip(gradients, left, strict=False))
     if len(gradients) == len(left) and all(same):
         raise RuntimeError("step() found the gradients as its last call has left them: call it after loss.backward()")
