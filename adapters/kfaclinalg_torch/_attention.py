@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._linear import Linear
 
 MAPS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """The one way through attention that has products with the Jacobian, in training and in evaluation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def reason(module: nn.MultiheadAttention) -> str:

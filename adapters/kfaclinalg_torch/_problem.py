@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfaclinalg import Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
+from ._attention import differentiable
 from ._batch import Batch
 from ._capture import Capture
 from ._estimators import Sampled, cotangent
@@ -148,7 +148,7 @@ class NetworkProblem:
 
     def _outputs(self, piece: Batch, values: dict[str, Tensor]) -> Tensor:
         """The model's outputs, with these parameters in the place of its own."""
-        with self._once.passing(piece.place), sdpa_kernel(SDPBackend.MATH):
+        with self._once.passing(piece.place), differentiable():
             self.capture.mask_of = lambda *args, **kwargs: piece.mask
             model: Any = lambda *args, **kwargs: functional_call(self.network.model, values, args, kwargs)  # noqa: E731
             return self.tensor_of(piece.call(model))

@@ -205,6 +205,30 @@ def test_frozen_layers_are_left_out():
     assert optimizer.skipped == dict.fromkeys(("2.weight", "2.bias", "5.weight", "5.bias"), "frozen")
 
 
+def test_frozen_attention_is_the_same_in_evaluation():
+    """Without the fast path, which has no products with the Jacobian."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True).requires_grad_(False)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.last(self.attention(h, h, h)[0].sum(1))
+
+    found = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model, x, y = Attending().double().train(training), torch.randn(6, 5, 3).double(), torch.randint(2, (6,))
+        optimizer = KFAC(model, "categorical", generator=torch.Generator().manual_seed(0))
+        optimizer.step(x, y)
+        found.append(model.last.weight.detach())
+    torch.testing.assert_close(*found)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_bias_by_itself_gets_the_diagonal():
     with pytest.warns(UserWarning, match="diagonal of the Fisher matrix"):
         optimizer = KFAC(bias_only(), "gaussian")
