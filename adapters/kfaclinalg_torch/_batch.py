@@ -80,3 +80,13 @@ def _tensors(name: str, found: list[Any]) -> list[Tensor]:
             came = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(f"{name} hold {came}, expected {kind}, the batch first")
     return found
+
+
+def check_again(name: str, loader: Any, why: str) -> None:
+    """A TypeError where a loader can be gone through but once."""
+    if iter(loader) is loader:
+        raise TypeError(f"{name} is a {type(loader).__name__}, of one pass, and {why}: give a list")
+
+
+def is_pair(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor)

@@ -111,6 +111,13 @@ def cotangent(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tenso
     return gradient.to(outputs.dtype)
 
 
+def slope_of_loss(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The same, of targets that the likelihood takes."""
+    if check := getattr(likelihood, "check", None):
+        check(outputs, targets)
+    return cotangent(likelihood, outputs, targets)
+
+
 def signs(N: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     """1 or -1 for each example (N, 1)."""
     device = like.device if generator is None else generator.device

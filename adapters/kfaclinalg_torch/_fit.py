@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from operator import add
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
 
+from ._batch import check_again, is_pair
 from ._blocks import Block
 from ._curvature import Curvature
 from ._layer import Layer
 from ._likelihoods import Likelihood
-from ._links import chained, cross_moments
-from ._passes import Data, Passes, is_pair
+from ._links import chained, cross_sums, means
+from ._masks import check_count
+from ._passes import Data, Passes
 from ._spectra import spectra_of
 from ._squares import squared_gradients
 from ._statistics import Statistic
@@ -62,9 +65,8 @@ def fit_curvature(
     (torch.Size([3, 3]), True)
     """
     passes = Passes(model, likelihood, structure=structure, estimator=estimator, **options)
-    twice = passes.structure.observes or passes.structure.linked
-    if twice and iter(loader) is loader:
-        raise TypeError(f"loader is a {type(loader).__name__}, of one pass, and {structure!r} takes two: give a list")
+    if passes.structure.observes or passes.structure.linked:
+        check_again("loader", loader, f"{structure!r} takes two")
     if passes.structure.linked and passes.team.size > 1:
         raise ValueError(f"structure {structure!r} takes all of the data in one process, got several")
     device = None if offload is None else torch.device(offload)
@@ -105,6 +107,7 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
         found |= statistic.moments(1.0) if statistic.all else {}
     layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
     _, (N,) = passes.team.sums([], [max((one.examples for one in statistics), default=0)], "A and G")
+    check_count(N)
     return Factors(layers), N
 
 
@@ -139,21 +142,17 @@ def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) 
 def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
     """E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] of neighbouring layers."""
     chain = chained(passes.layers)
-    total: tuple[Link, ...] = ()
-    N = 0
+    total: list[Tensor] = []
+    totals: list[int] = []
     for piece in passes.pieces(loader):
         shown = passes.apart(piece).isdisjoint(layer.blocks[0] for layer in chain)
         for _, part in piece.chunks(len(piece) if shown else 1):
             kept = _kept(passes, chain)
             passes.take(kept, part)
-            new = [Link(kept.examples * A, kept.examples * G) for A, G in cross_moments(kept, chain, 1.0)]
-            total = tuple(map(_sum, total, new)) if total else tuple(new)
-            N += kept.examples
-    return tuple(Link(link.A / N, link.G / N) for link in total)
-
-
-def _sum(one: Link, other: Link) -> Link:
-    return Link(one.A + other.A, one.G + other.G)
+            tensors, counts = cross_sums(kept, chain, 1.0)
+            total = list(map(add, total, tensors)) if totals else tensors
+            totals = list(map(add, totals, counts)) if totals else counts
+    return means(total, totals)
 
 
 def _kept(passes: Passes, layers: Iterable[Layer]) -> Statistic:

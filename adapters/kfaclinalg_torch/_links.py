@@ -24,7 +24,20 @@ def chained(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def cross_moments(statistic: Statistic, layers: Sequence[Layer], scale: float) -> tuple[Link, ...]:
-    """The links E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] of neighbouring layers that `chained` gives (Section 4.3).
+    """The links of neighbouring layers that `chained` gives: the means of `cross_sums` over all processes."""
+    return means(*statistic.team.sums(*cross_sums(statistic, layers, scale), "the links"))
+
+
+def means(sums: Sequence[Tensor], counts: Sequence[int]) -> tuple[Link, ...]:
+    """The links, of the sums and the counts that `cross_sums` gives."""
+    N, *rows = counts
+    pairs = zip(sums[::2], sums[1::2], rows, strict=True)
+    return tuple(Link(A / max(r, 1), G / max(N, 1)) for A, G, r in pairs)
+
+
+def cross_sums(statistic: Statistic, layers: Sequence[Layer], scale: float) -> tuple[list[Tensor], list[int]]:
+    """The sums of which the links E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] are the means (Section 4.3), Σ a aᵀ and
+    Σ g gᵀ of each in turn, and how many examples and, for each, positions they are of.
 
     Under weight sharing A = (1/NR) Σ a aᵀ and G = (1/N) Σ g gᵀ over N examples of R positions, and so the links of two
     layers with the same positions: (1/NR) Σ a_i a_{i+1}ᵀ and (1/N) Σ g_i g_{i+1}ᵀ. Positions that differ (a stride, a
@@ -48,9 +61,7 @@ def cross_moments(statistic: Statistic, layers: Sequence[Layer], scale: float) -
             sums[i][1] = sums[i][1] + scale**2 * _cross(x.g, y.g)
     empty = [_zero(one, other, statistic.dtype) for one, other in pairwise(layers)]
     tensors = [Z + M for zeros, pair in zip(empty, sums, strict=True) for Z, M in zip(zeros, pair, strict=True)]
-    moments, (N, *counts) = statistic.team.sums(tensors, [statistic.examples, *counts], "the links")
-    pairs = zip(moments[::2], moments[1::2], counts, strict=True)
-    return tuple(Link(A / max(r, 1), G / max(N, 1)) for A, G, r in pairs)
+    return tensors, [statistic.examples, *counts]
 
 
 def _joint(rows: Rows, reduced: bool) -> Rows:

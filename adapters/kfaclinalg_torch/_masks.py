@@ -15,9 +15,20 @@ def mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
     found = mask(*args, **kwargs) if callable(mask) else mask
     if found is not None and (not isinstance(found, Tensor) or found.dtype != torch.bool):
         raise TypeError(f"mask gives a {getattr(found, 'dtype', type(found).__name__)}, expected a boolean tensor")
-    if found is not None and not bool(found.any()):
-        raise ValueError("mask counts no position")
     return found
+
+
+def checked_mask_of(mask: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The same, a ValueError where no position counts."""
+    found = mask_of(mask, args, kwargs)
+    if found is not None:
+        check_count(int(found.any()))
+    return found
+
+
+def check_count(count: int) -> None:
+    if not count:
+        raise ValueError("mask counts no position")
 
 
 def check_examples(mask: Tensor, examples: int) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._batch import Batch
+from ._attention import differentiable
+from ._batch import Batch, check_again
+from ._estimators import slope_of_loss
 from ._likelihoods import Likelihood, masked
-from ._masks import mask_of
+from ._masks import check_count, mask_of
 from ._network import Matrices
 from ._passes import Data, Passes
 from ._settings import tensor_of
@@ -26,7 +28,7 @@ class FisherOperator:
     Vs as `Curvature.pack` gives them; the options are those of `fit_curvature`.
 
     Raises:
-        TypeError, ValueError: a wrong option; in a product an empty loader, or matrices of other shapes.
+        TypeError, ValueError: a wrong option, an empty loader, or one of one pass; in a product other shapes.
 
     >>> model, x = nn.Linear(1, 1, bias=False), torch.full((4, 1), 2.0)
     >>> FisherOperator(model, "gaussian", [(x, x)]) @ (torch.ones(1, 1),)
@@ -35,6 +37,10 @@ class FisherOperator:
 
     def __init__(self, model: nn.Module, likelihood: str | Likelihood, loader: Data, **options: Any) -> None:
         self._passes, self.loader = Passes(model, likelihood, **options), loader
+        check_again("loader", loader, "a FisherOperator goes through it in each product")
+        with self._passes.open(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fit_curvature")  # of layers that are none for a `Curvature`
+            self._passes.settle(next(self._passes.pieces(loader)))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -50,8 +56,7 @@ class FisherOperator:
 
         def product(likelihood: Any, f: Callable[..., Tensor], values: Any, outputs: Tensor, piece: Batch) -> Tensor:
             pushed: Any = jvp(f, (values,), (tangents,))
-            Jv = pushed[1]
-            return likelihood(outputs).fisher_product(outputs, Jv)
+            return likelihood.fisher_product(outputs, pushed[1])
 
         return self._pulled(product)
 
@@ -61,10 +66,7 @@ class FisherOperator:
         """∇h of the mean loss over the data, shaped like the weights."""
 
         def slope(likelihood: Any, f: Any, values: Any, outputs: Tensor, piece: Batch) -> Tensor:
-            z = outputs.detach().requires_grad_()
-            with torch.enable_grad():
-                (g,) = torch.autograd.grad(likelihood(z).loss(z, piece.targets), z)
-            return piece.counted * g.to(z)
+            return slope_of_loss(likelihood, outputs, piece.targets)
 
         return self._pulled(slope)
 
@@ -94,32 +96,30 @@ class FisherOperator:
         passes, total, N = self._passes, None, 0
         network = passes.trained.network
         values = network.by_name(network.parameters(network.weights()))
-        for piece, f, likelihood in self._functions():
-            pulled: Any = vjp(f, values)
-            outputs, pull = pulled
-            with torch.no_grad():
-                v = at_outputs(likelihood, f, values, outputs.detach(), piece)
-            (slopes,) = pull(v)
-            new = network.matrices({p: slopes[name] for p, name in network.names.items()})
-            total = new if total is None else tuple(map(torch.add, total, new))
-            N += piece.counted
+        with passes.evaluated(), differentiable():
+            for piece in passes.pieces(self.loader):
+                f, masks = self._function(piece)
+                pulled: Any = vjp(f, values)
+                outputs, pull = pulled
+                likelihood = masked(passes.likelihood, masks[-1], outputs)
+                with torch.no_grad():
+                    v = at_outputs(likelihood, f, values, outputs.detach(), piece)
+                (slopes,) = pull(v)
+                new = network.matrices({p: slopes[name] for p, name in network.names.items()})
+                total = new if total is None else tuple(map(torch.add, total, new))
+                N += getattr(likelihood, "examples", len(piece))
+        check_count(N)
         return tuple(V.detach() / N for V in total or ())
 
-    def _functions(self) -> Iterator[tuple[Batch, Callable[..., Tensor], Callable[[Tensor], Likelihood]]]:
-        """For each piece of the data the outputs as a function of the parameters, and their likelihood."""
-        passes, model = self._passes, self._passes.model
-        with passes.evaluated(), sdpa_kernel(SDPBackend.MATH):
-            for piece in passes.pieces(self.loader):
-                masks: list[Any] = [None]
+    def _function(self, piece: Batch) -> tuple[Callable[..., Tensor], list[Any]]:
+        """The outputs of a piece of the data as a function of the parameters, and the masks of its passes."""
+        passes, masks = self._passes, []
 
-                def call(values: Any, *args: Any, masks: Any = masks, **kwargs: Any) -> Any:
-                    masks[0] = mask_of(passes.mask, args, kwargs)
-                    return functional_call(model, values, args, kwargs)
+        def f(values: Any) -> Tensor:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                masks.append(mask_of(passes.mask, args, kwargs))
+                return functional_call(passes.model, values, args, kwargs)
 
-                def f(values: Any, piece: Batch = piece, call: Any = call) -> Tensor:
-                    return tensor_of(passes.outputs, piece.call(lambda *a, **k: call(values, *a, **k)))  # type: ignore[arg-type]
+            return tensor_of(passes.outputs, piece.call(call))  # type: ignore[arg-type]
 
-                def likelihood(outputs: Tensor, masks: Any = masks) -> Likelihood:
-                    return masked(passes.likelihood, masks[0], outputs)
-
-                yield piece, f, likelihood
+        return f, masks

@@ -229,6 +229,49 @@ def test_a_mask_leaves_positions_out():
     close(masked.operator.to_dense(), case.fit().operator.to_dense())
 
 
+class Tagger(nn.Module):
+    """A class for each word, of that word and those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.last = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.mix(self.embed(x).cumsum(1))))
+
+
+def test_batches_of_which_nothing_counts_add_nothing():
+    """To factors, links, products and gradient; and what counts at fewer positions weighs less."""
+    torch.manual_seed(0)
+    model, x, y = Tagger().double(), torch.randint(7, (9, 4)), torch.randint(3, (9, 4))
+    lengths = torch.tensor([4, 2, 0, 1, 3, 0, 0, 4, 1])
+    x[torch.arange(4) >= lengths[:, None]] = 6  # which counts nowhere
+    x[torch.arange(4) < lengths[:, None]] %= 6
+    some, options = lengths > 0, {"mask": lambda x: x != 6}
+    whole, pieces = [(x[some], y[some])], [*zip(x.split(2), y.split(2), strict=True), (x[5:7], y[5:7])]
+    one, other = (
+        fit_curvature(model, "categorical", data, structure="block-tridiagonal", progress=False, **options)
+        for data in (whole, pieces)
+    )
+    assert one.examples == other.examples == 6
+    for links in ("A", "G"):
+        close(getattr(other.factors.links[0], links), getattr(one.factors.links[0], links))
+    close(other.operator.to_dense(), one.operator.to_dense())
+    F, G = (FisherOperator(model, "categorical", data, **options) for data in (whole, pieces))
+    Vs = F.split(torch.randn(len(one.operator.to_dense()), dtype=torch.float64))
+    close(G.stacked(G @ Vs), F.stacked(F @ Vs))
+    close(G.stacked(G.gradient()), F.stacked(F.gradient()))
+    scores = one.self_scores((x, y))
+    assert torch.equal(scores == 0, ~some)
+    close(scores, torch.cat([one.self_scores((x[i : i + 1], y[i : i + 1])) for i in range(9)]))
+    for of in (
+        lambda data: fit_curvature(model, "categorical", data, progress=False, **options),
+        lambda data: FisherOperator(model, "categorical", data, **options).gradient(),
+    ):
+        with pytest.raises(ValueError, match="mask counts no position"):
+            of([(x[~some], y[~some])])
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, K)).double()
     x, before = torch.randn(N, 5).double(), {k: v.clone() for k, v in model.state_dict().items()}
@@ -265,6 +308,23 @@ def test_products_with_the_exact_fisher_and_the_gradient(name):
     close(F.stacked(F @ F.split(v)), case.fisher(curvature) @ v)
     close(F.stacked(F.gradient()), case.gradients(curvature).mean(0))
     np.testing.assert_allclose(F.as_scipy(0.5) @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
+
+
+def test_the_fisher_operator_takes_what_the_curvature_packs():
+    """Of a layer that is used without a call as well, which a first pass shows."""
+
+    class Uncalled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, K)
+
+        def forward(self, x):
+            return self.last(torch.tanh(nn.functional.linear(x, self.first.weight, self.first.bias)))
+
+    model, data = Uncalled(), (torch.randn(N, 5), torch.randint(K, (N,)))
+    curvature, F = fit_curvature(model, "categorical", data, progress=False), FisherOperator(model, "categorical", data)
+    assert F.shapes == [tuple(V.shape) for V in curvature.pack(dict(model.named_parameters()))]
+    assert len(F @ curvature.pack(dict(model.named_parameters()))) == len(curvature.layers) == 3
 
 
 @pytest.mark.parametrize("structure", ["block-diagonal", Tridiagonal(), "eigen"], ids=str)
@@ -360,8 +420,11 @@ def test_mistakes_are_refused():
         if error:
             with pytest.raises(error, match=what):
                 fit_curvature(case.model, "categorical", loader, progress=False)
-    with pytest.raises(TypeError, match="of one pass"):
-        fit_curvature(case.model, "categorical", iter(case.loader()), structure="eigen", progress=False)
+    for of in (FisherOperator, partial(fit_curvature, structure="eigen", progress=False)):
+        with pytest.raises(TypeError, match="loader is a list_iterator, of one pass"):
+            of(case.model, "categorical", iter(case.loader()))
+    with pytest.raises(ValueError, match="loader is empty"):
+        FisherOperator(case.model, "categorical", [])
     for delta, what in ((0.0, "delta is 0.0"), (-1, "delta is -1"), ([1.0], "delta has 1 items"), ("a", "delta")):
         with pytest.raises(ValueError, match=what):
             curvature.shifted(delta)
