@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._batch import Batch
+from ._attention import differentiable
+from ._batch import Batch, is_pair
 from ._blocks import Block
 from ._capture import Capture
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._entries import Entries
-from ._estimators import Empirical, cotangent
+from ._estimators import Empirical, slope_of_loss
 from ._gather import gather
 from ._layer import Layer
 from ._likelihoods import Likelihood, likelihood_of, masked, new_generator
@@ -81,13 +81,16 @@ class Passes:
     @contextmanager
     def open(self) -> Iterator[None]:
         """With hooks, and the model in evaluation; it is as it was afterwards."""
-        self.capture = self.trained.capture()
-        self.capture.mask_of = lambda *args, **kwargs: mask_of(self.mask, args, kwargs)
+        self._hook()
         try:
             with self.evaluated():
                 yield
         finally:
             self.capture.remove()
+
+    def _hook(self) -> None:
+        self.capture = self.trained.capture()
+        self.capture.mask_of = lambda *args, **kwargs: mask_of(self.mask, args, kwargs)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -118,7 +121,7 @@ class Passes:
         """The outputs, what the pass has shown, and the likelihood of the positions that count."""
         self.capture.uses, self.capture.paused = [], False
         try:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with torch.enable_grad(), differentiable():
                 outputs = tensor_of(self.outputs, piece.call(self.model))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
@@ -128,14 +131,16 @@ class Passes:
         finally:
             self.capture.paused = True
         likelihood = masked(self.likelihood, self.capture.now.mask, outputs)
-        if (check := getattr(likelihood, "check", None)) and isinstance(self.estimator, Empirical):
-            check(outputs, piece.targets)
         return outputs, [use for use in self.capture.uses if use.block in self.trained.found.blocks], likelihood
 
     def settle(self, piece: Batch) -> None:
         """See in a first pass which layers are none."""
+        if self.trained.probed:
+            return
+        self.capture.remove()  # of two forward passes in the place of a module's only one is seen
         with torch.enable_grad():
             self.trained.probe(piece, lambda returned: tensor_of(self.outputs, returned))
+        self._hook()
 
     def apart(self, piece: Batch) -> set[Block]:
         """The blocks that show no examples: parameters that no rule knows, and what sees the same rows of two as of
@@ -176,7 +181,7 @@ class Passes:
     def cotangents(self, likelihood: Likelihood, outputs: Tensor, piece: Batch) -> Iterator[Tensor]:
         """∂(loss of one example)/∂z."""
         if isinstance(self.estimator, Empirical):
-            return iter([cotangent(likelihood, outputs, piece.targets)])
+            return iter([slope_of_loss(likelihood, outputs, piece.targets)])
         return self.estimator.cotangents(likelihood, outputs, len(piece), self.generator)
 
     def slopes(self, piece: Batch, cotangents: Callable[..., Iterable[Tensor]]) -> Iterator[tuple[Any, int]]:
@@ -186,10 +191,6 @@ class Passes:
         for v in cotangents(likelihood, outputs, piece):
             slopes = torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True) if edges else ()
             yield [(use, g) for use, g in zip(uses, slopes, strict=True) if g is not None], len(piece)
-
-
-def is_pair(x: Any) -> bool:
-    return isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor)
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kfaclinalg import KroneckerEigen
 
-from ._estimators import cotangent
+from ._batch import is_pair
+from ._estimators import slope_of_loss
 from ._forms import by_layer, example_forms, in_basis, inner, turned_back, turning_pays, weighted
 from ._likelihoods import Likelihood
-from ._passes import Passes, is_pair
+from ._passes import Passes
 
 
 def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries: Any, examples: Any) -> Tensor:
@@ -54,6 +55,7 @@ def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -
     loader = inputs if not isinstance(inputs, Tensor | tuple | dict) else [inputs]
     found: list[Any] = []
     with passes.open(), torch.no_grad():
+        passes.capture.mask_of = None  # the Jacobian is that of all positions
         for batch in loader:
             N = len(torch.utils._pytree.tree_leaves(batch)[0])
             pair = batch if is_pair(batch) else (batch, torch.zeros(N, device=passes.device))
@@ -70,9 +72,7 @@ def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -
 
 
 def _of_the_loss(likelihood: Likelihood, outputs: Tensor, piece: Any) -> Iterator[Tensor]:
-    if check := getattr(likelihood, "check", None):
-        check(outputs, piece.targets)
-    yield cotangent(likelihood, outputs, piece.targets)
+    yield slope_of_loss(likelihood, outputs, piece.targets)
 
 
 def _of_each_output(likelihood: Likelihood, outputs: Tensor, piece: Any) -> Iterator[Tensor]:

@@ -47,6 +47,19 @@ class Placed(nn.Module):
         return self.last(torch.tanh(self.embed(x) + where).sum(1))
 
 
+class Attending(nn.Module):
+    """Attention, whose forward pass a rule takes the place of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Embedding(7, 4), nn.Linear(4, K)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.last(self.attention(h, h, h)[0].sum(1))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, K))
 
@@ -56,6 +69,7 @@ MODELS = {
     "everything": (Everything, lambda: torch.randn(N, 1, 6, 6)),
     "words": (Words, lambda: torch.randint(7, (N, 3))),
     "placed": (Placed, lambda: torch.randint(7, (N, 3))),
+    "attending": (Attending, lambda: torch.randint(7, (N, 3))),
 }
 
 

@@ -10,7 +10,7 @@ from curvature_cases import EPS, MODELS, Case, K, N, Words, close, eye, flat, ml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kfaclinalg import KroneckerEigen, Tridiagonal, testing
+from kfaclinalg import Diagonal, KroneckerEigen, Tridiagonal, testing
 from kfaclinalg_torch import (
     Empirical,
     FisherOperator,
@@ -38,17 +38,34 @@ def test_one_example_of_one_layer_is_its_exact_fisher():
     close(curvature.operator.to_dense(), torch.kron(torch.outer(a, a), torch.diag(p) - torch.outer(p, p)))
 
 
-def test_the_eigenvalues_of_ekfac_are_the_diagonal_of_the_exact_fisher_in_its_basis():
-    case = Case("mlp")
+@pytest.mark.parametrize("name", ["mlp", "attending"])
+def test_the_eigenvalues_of_ekfac_are_the_diagonal_of_the_exact_fisher_in_its_basis(name):
+    case = Case(name)
     curvature = case.fit(size=7, structure="eigen")
+    assert not curvature.fallback
     F, start = case.fisher(curvature), 0
     for block in curvature.eigen:
-        Q = block.map(torch.ones_like)
         m, n = block.shape
         part = F[start : start + m * n, start : start + m * n]
-        K_ = torch.kron(Q.Q_A, Q.Q_B)
-        close(block.eigenvalues.mT.flatten(), torch.diagonal(K_.mT @ part @ K_))
         start += m * n
+        if isinstance(block.Q_A, Diagonal):  # an embedding, whose examples are not seen one at a time
+            continue
+        K_ = torch.kron(block.Q_A.contiguous(), block.Q_B.contiguous())
+        close(block.eigenvalues.mT.flatten(), torch.diagonal(K_.mT @ part @ K_))
+
+
+def test_the_layers_in_a_recurrence_are_seen():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, K)
+
+        def forward(self, x):
+            return self.last(self.lstm(x)[0][:, -1])
+
+    curvature = fit_curvature(Last(), "categorical", (torch.randn(N, 2, 3), torch.randint(K, (N,))), progress=False)
+    assert list(curvature.layers) == ["lstm.ih_l0", "lstm.hh_l0", "last"]
+    assert not curvature.fallback
 
 
 @every_model
@@ -134,6 +151,15 @@ def test_variances_are_those_of_the_jacobian(name, structure):
     expected = J @ torch.linalg.inv(P) @ J.mT
     close(curvature.variances(case.x, delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
     close(curvature.variances(list(case.x.split(7)), delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
+
+
+def test_variances_take_no_targets_and_no_mask():
+    """The Jacobian is the same whatever counts in the loss, and whatever the loss is."""
+    case = Case("words")
+    curvature = case.fit(estimator="empirical", mask=lambda x: x != 6)
+    J, P = case.jacobians(curvature), curvature.shifted(0.1).to_dense()
+    assert bool((case.x == 6).any())
+    close(curvature.variances(case.x, delta=0.1), J @ torch.linalg.inv(P) @ J.mT, float(torch.linalg.cond(P)))
 
 
 def test_samples_have_the_inverse_as_their_covariance():
@@ -286,6 +312,43 @@ def test_the_model_is_left_as_it_was():
     assert not model[0]._forward_hooks
     assert all(p.grad is None for p in model.parameters())
     assert state.shape == torch.get_rng_state().shape
+
+
+class Failing(nn.Module):
+    """Takes a batch of N, and of it no smaller one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(5, K), nn.Dropout(0.5)
+
+    def forward(self, x):
+        if len(x) < 3:
+            raise RuntimeError("too few")
+        return self.layer(self.dropout(x))
+
+
+def test_the_model_is_left_as_it_was_after_an_error():
+    """As long as somebody holds the error, too."""
+    model, x, y = Failing(), torch.randn(N, 5), torch.randint(K, (N,))
+    curvature, data = fit_curvature(model, "categorical", (x, y), progress=False), [(x, y), (x[:2], y[:2])]
+    F = FisherOperator(model, "categorical", data)
+    Vs = curvature.pack(dict(model.named_parameters()))
+    for of in (
+        lambda: fit_curvature(model, "categorical", data, progress=False),
+        lambda: curvature.scores((x, y), data),
+        lambda: curvature.self_scores(data),
+        lambda: curvature.variances([x, x[:2]]),
+        lambda: F @ Vs,
+        F.gradient,
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="too few") as error:
+            of()
+        assert model.training
+        assert model.dropout.training
+        assert not model.layer._forward_hooks
+        assert not model._forward_pre_hooks
+        assert torch.is_grad_enabled()
+        assert error
 
 
 def test_sampled_targets_agree_on_average_and_repeat():
