@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ def check_again(name: str, loader: Any, why: str) -> None:
     """A TypeError where a loader can be gone through but once."""
     if iter(loader) is loader:
         raise TypeError(f"{name} is a {type(loader).__name__}, of one pass, and {why}: give a list")
+
+
+def check_loader(name: str, loader: Any) -> None:
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"{name} is a {type(loader).__name__}, expected a loader of batches, or one batch")
 
 
 def is_pair(x: Any) -> bool:

@@ -14,10 +14,11 @@ from kfaclinalg import BlockDiagonal, Factors, Kronecker, KroneckerEigen, LayerF
 
 from ._checkpoint import made, packed
 from ._determinant import Determinant
+from ._network import check_shapes
 from ._passes import Passes
 from ._scores import pairwise_scores, self_scores, variances
-from ._settings import check_generator
-from ._spectra import indicator, network_of, one_a_layer, spectra_of
+from ._settings import check_choice, check_generator
+from ._spectra import indicator, network_of, one_a_layer, spectra_of, strength
 
 PARTS = ("top", "low")
 
@@ -76,9 +77,7 @@ class Curvature:
 
     def logdet(self, delta: Any, scale: Any = 1.0) -> Tensor:
         """log det (scale F + delta I), that of `shifted`, with its gradients, at a fraction of the time."""
-        deltas = one_a_layer("delta", delta, len(self.eigen))
-        if not isinstance(scale, Tensor) and not scale > 0:
-            raise ValueError(f"scale is {scale!r}, expected a number > 0")
+        deltas, scale = one_a_layer("delta", delta, len(self.eigen)), strength("scale", scale, positive=True)
         same = all(d is deltas[0] for d in deltas)
         return self._determinant.logdet(deltas[:1] if same else deltas, scale).to(self._passes.dtype)
 
@@ -91,7 +90,7 @@ class Curvature:
         """Vs of tensors by the names of the parameters, as `named_parameters()` or gradients give them.
 
         Raises:
-            ValueError: a parameter is missing, or one has another shape.
+            TypeError, ValueError: a parameter is missing, or one has another shape.
         """
         if not isinstance(tensors, Mapping):
             raise TypeError(f"tensors is a {type(tensors).__name__}, expected a dictionary by the names of parameters")
@@ -110,12 +109,10 @@ class Curvature:
         """Tensors by the names of the parameters, the inverse of `pack`.
 
         Raises:
-            ValueError: another number of matrices, or one of another shape.
+            TypeError, ValueError: another number of matrices, or one of another shape.
         """
-        network, shapes = self._passes.trained.network, self._shapes
-        came = [tuple(V.shape) for V in Vs]
-        if came != shapes:
-            raise ValueError(f"Vs have shapes {came}, expected {shapes}")
+        network = self._passes.trained.network
+        check_shapes(Vs, self._shapes)
         values = network.parameters(tuple(V.to(p) for V, p in zip(Vs, self._first_parameters, strict=True)))
         return {name: value.detach().clone() for name, value in network.by_name(values).items()}
 
@@ -156,8 +153,9 @@ class Curvature:
     def projection(self, part: str, energy: float = 0.9) -> BlockDiagonal:
         """The projection on the "top" of the curvature, the fewest eigenvectors of each layer with this share of its
         trace, or on what is left, the "low" part, in which weights can move."""
-        if part not in PARTS or not 0 <= energy <= 1:
-            raise ValueError(f"got part {part!r} and energy {energy!r}, expected one of {PARTS} and a number in [0, 1]")
+        check_choice("part", part, PARTS)
+        if not strength("energy", energy) <= 1:
+            raise ValueError(f"energy is {energy!r}, expected a number in [0, 1]")
         return network_of([F.map(lambda s: indicator(s, energy, part == "top")) for F in self.eigen])
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,9 +182,7 @@ class Curvature:
 
     def _shifted(self, delta: Any, scale: Any = 1.0, name: str = "delta") -> list[KroneckerEigen]:
         deltas = one_a_layer(name, delta, len(self.eigen))
-        if not isinstance(scale, Tensor) and not scale >= 0:
-            raise ValueError(f"scale is {scale!r}, expected a number >= 0")
-        scale = scale if isinstance(scale, Tensor) else float(scale)
+        scale = strength("scale", scale)
         return [F.map(lambda s: scale * s).shifted(d) for F, d in zip(self.eigen, deltas, strict=True)]
 
     def _damped(self, damping: Any) -> list[KroneckerEigen]:

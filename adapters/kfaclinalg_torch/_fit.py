@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
 
-from ._batch import check_again, is_pair
+from ._batch import check_again, check_loader, is_pair
 from ._blocks import Block
 from ._curvature import Curvature
 from ._layer import Layer
@@ -65,11 +65,12 @@ def fit_curvature(
     (torch.Size([3, 3]), True)
     """
     passes = Passes(model, likelihood, structure=structure, estimator=estimator, **options)
+    check_loader("loader", loader)
     if passes.structure.observes or passes.structure.linked:
         check_again("loader", loader, f"{structure!r} takes two")
     if passes.structure.linked and passes.team.size > 1:
         raise ValueError(f"structure {structure!r} takes all of the data in one process, got several")
-    device = None if offload is None else torch.device(offload)
+    device = _device(offload)
     state = passes.generator.get_state()
     with passes.open(), torch.no_grad():
         factors, examples = _moments(passes, watched(loader, progress, "A and G"), device)
@@ -80,6 +81,13 @@ def fit_curvature(
         if passes.structure.observes:
             eigen = _corrected(passes, watched(loader, progress, "eigenvalues"), spectra_of(factors))
     return Curvature(passes, factors, examples, eigen)
+
+
+def _device(offload: Any) -> torch.device | None:
+    try:
+        return None if offload is None else torch.device(offload)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"offload is {offload!r}, expected a torch.device, its name or None") from error
 
 
 class _Kept(Statistic):

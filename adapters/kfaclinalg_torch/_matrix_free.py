@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from ._attention import differentiable
-from ._batch import Batch, check_again
+from ._batch import Batch, check_again, check_loader
 from ._estimators import slope_of_loss
 from ._likelihoods import Likelihood, masked
 from ._masks import check_count, mask_of
-from ._network import Matrices
+from ._network import Matrices, check_shapes
 from ._passes import Data, Passes
 from ._settings import tensor_of
+from ._spectra import strength
 
 
 class FisherOperator:
@@ -37,6 +38,7 @@ class FisherOperator:
 
     def __init__(self, model: nn.Module, likelihood: str | Likelihood, loader: Data, **options: Any) -> None:
         self._passes, self.loader = Passes(model, likelihood, **options), loader
+        check_loader("loader", loader)
         check_again("loader", loader, "a FisherOperator goes through it in each product")
         with self._passes.open(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fit_curvature")  # of layers that are none for a `Curvature`
@@ -49,8 +51,7 @@ class FisherOperator:
 
     def apply(self, Vs: Sequence[Tensor], /) -> Matrices:
         """F Vs, as `@`."""
-        if (came := [tuple(V.shape) for V in Vs]) != self.shapes:
-            raise ValueError(f"Vs have shapes {came}, expected {self.shapes}")
+        check_shapes(Vs, self.shapes)
         network = self._passes.trained.network
         tangents = network.by_name(network.parameters(tuple(Vs)))
 
@@ -74,6 +75,7 @@ class FisherOperator:
         """F + damping I as a scipy.sparse.linalg.LinearOperator on the stacked vec(V_i), on the host."""
         from scipy.sparse.linalg import LinearOperator
 
+        damping = float(strength("damping", damping))
         size, dtype = sum(torch.Size(shape).numel() for shape in self.shapes), self._passes.dtype
 
         def matvec(x: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from ._layer import Layer
 
 Matrices = tuple[Tensor, ...]
+
+
+def check_shapes(Vs: Any, expected: list[tuple[int, ...]]) -> None:
+    """They must be matrices of these shapes."""
+    if not isinstance(Vs, Sequence | Tensor) or isinstance(Vs, str):
+        raise TypeError(f"Vs is a {type(Vs).__name__}, expected a sequence of matrices")
+    if (came := [tuple(V.shape) for V in Vs]) != expected:
+        raise ValueError(f"Vs have shapes {came}, expected {expected}")
 
 
 class Network:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._attention import differentiable
-from ._batch import Batch, is_pair
+from ._batch import Batch, check_loader, is_pair
 from ._blocks import Block
 from ._capture import Capture
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
@@ -60,6 +60,7 @@ class Passes:
             raise TypeError(f"mask is a {type(mask).__name__}, expected a function of the model's inputs or None")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size is {chunk_size!r}, expected an integer >= 1 or None")
+        check_generator(generator)
         self.estimator, self.structure = values_of(estimator, structure, {})
         self.likelihood: Likelihood = likelihood_of(likelihood)
         group, self.model = group_of(model, None), unwrapped(model)
@@ -98,7 +99,7 @@ class Passes:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
             for module in training:
@@ -107,6 +108,7 @@ class Passes:
     def pieces(self, data: Any, what: str = "loader") -> Iterator[Batch]:
         """The batches of a loader, or a single one, on the model's device and in chunks."""
         empty = True
+        check_loader(what, data)
         for pair in [data] if is_pair(data) else data:
             if not is_pair(pair):
                 raise TypeError(f"{what} gives a {type(pair).__name__}, expected pairs (inputs, targets) of tensors")
@@ -123,7 +125,7 @@ class Passes:
         try:
             with torch.enable_grad(), differentiable():
                 outputs = tensor_of(self.outputs, piece.call(self.model))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
                 raise
             shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(piece.inputs) if isinstance(x, Tensor)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfaclinalg import KroneckerEigen
 
-from ._batch import is_pair
+from ._batch import check_loader, is_pair
 from ._estimators import slope_of_loss
 from ._forms import by_layer, example_forms, in_basis, inner, turned_back, turning_pays, weighted
 from ._likelihoods import Likelihood
@@ -54,10 +54,12 @@ def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -
     """(N, K, K), from one backward pass for each of the K outputs of an example."""
     loader = inputs if not isinstance(inputs, Tensor | tuple | dict) else [inputs]
     found: list[Any] = []
+    check_loader("inputs", loader)
     with passes.open(), torch.no_grad():
         passes.capture.mask_of = None  # the Jacobian is that of all positions
         for batch in loader:
-            N = len(torch.utils._pytree.tree_leaves(batch)[0])
+            leaves = torch.utils._pytree.tree_leaves(batch)
+            N = len(leaves[0]) if leaves else 0
             pair = batch if is_pair(batch) else (batch, torch.zeros(N, device=passes.device))
             for piece in passes.pieces(pair, "inputs"):
                 columns = list(by_layer(passes, piece, _of_each_output))

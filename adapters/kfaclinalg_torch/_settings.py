@@ -59,6 +59,7 @@ def check_together(estimator: Any, likelihood: Any, length: Any, kl_clip: Any, k
 
 
 def check_generator(generator: Any) -> None:
+    """A TypeError where it is none."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
 

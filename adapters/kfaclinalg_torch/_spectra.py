@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,15 +25,27 @@ def network_of(blocks: Sequence[Any]) -> BlockDiagonal:
 
 
 def one_a_layer(name: str, value: Any, count: int) -> list[Any]:
-    values = (
-        list(value) if isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim) else [value] * count
-    )
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} items, expected a number or one for each of {count} layers")
-    for x in values:
-        if not isinstance(x, Tensor) and not (isinstance(x, int | float) and x > 0):
-            raise ValueError(f"{name} is {x!r}, expected a number > 0")
-    return values
+    """A number > 0, or a tensor of one, for each of so many layers."""
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    if not sequence and not (isinstance(value, Tensor) and value.ndim):
+        return [strength(name, value, positive=True)] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} items, expected a number or one for each of {count} layers")
+    return [strength(name, x, positive=True) for x in value]
+
+
+def strength(name: str, value: Any, *, positive: bool = False) -> Any:
+    """A finite number >= 0, or > 0, as a float; a tensor of one is not looked into."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a number or a tensor of shape ()")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, expected a number or a tensor of one")
+    number = float(value)
+    if not 0 <= number < math.inf or (positive and number == 0):
+        raise ValueError(f"{name} is {value!r}, expected a number {'>' if positive else '>='} 0")
+    return number
 
 
 def indicator(s: Any, energy: float, top: bool) -> Tensor:

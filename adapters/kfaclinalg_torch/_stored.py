@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ def load_curvature(
     Raises:
         ValueError: it is of another model, structure or estimator, or no curvature at all.
     """
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (UnpicklingError, EOFError, LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is no state that Curvature.save wrote: {error!r}") from error
     check_keys(state, ("factors", "corrected", "made", "examples", "gone"))
     passes = Passes(model, likelihood, **options)
     trained = passes.trained
@@ -36,7 +40,7 @@ def load_curvature(
     check_factors(factors, passes.layers)
     chain = chained(passes.layers) if passes.structure.linked else []
     check_links(factors.links, [layer.matrix(torch.detach).shape for layer in chain])
-    check(isinstance(state["examples"], int), f"examples is {state['examples']!r}")
+    check(type(state["examples"]) is int and state["examples"] > 0, f"examples is {state['examples']!r}")
     check((eigen is not None) == passes.structure.observes, "its eigenvalues are missing")
     curvature = Curvature(passes, factors, state["examples"], eigen)
     expected = [tuple(layer.matrix(torch.detach).shape) for layer in passes.layers]

@@ -11,6 +11,7 @@ from torch import Tensor
 from kfaclinalg import BlockDiagonal
 
 from ._matrix_free import FisherOperator
+from ._spectra import strength
 
 
 def gpytorch_operator(operator: FisherOperator | BlockDiagonal, damping: float = 0.0) -> Any:
@@ -64,6 +65,7 @@ def curvlinops_operator(operator: FisherOperator | BlockDiagonal, damping: float
 
 def _columns(operator: Any, damping: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A vector of the operator's size, dtype and device, and its product with columns (n, k)."""
+    damping = strength("damping", damping)
     if isinstance(operator, FisherOperator):
         shapes, like = operator.shapes, operator.stacked(operator._passes.trained.network.weights()).detach()
     elif isinstance(operator, BlockDiagonal):

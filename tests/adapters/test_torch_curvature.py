@@ -488,7 +488,12 @@ def test_mistakes_are_refused():
             of(case.model, "categorical", iter(case.loader()))
     with pytest.raises(ValueError, match="loader is empty"):
         FisherOperator(case.model, "categorical", [])
-    for delta, what in ((0.0, "delta is 0.0"), (-1, "delta is -1"), ([1.0], "delta has 1 items"), ("a", "delta")):
+    for delta, what in (
+        (0.0, "delta is 0.0"),
+        (-1, "delta is -1"),
+        ([1.0], "delta has 1 items"),
+        (float("inf"), "delta is inf"),
+    ):
         with pytest.raises(ValueError, match=what):
             curvature.shifted(delta)
     for bad in (0.0, -1):
@@ -550,6 +555,67 @@ def test_mistakes_are_refused():
         FisherOperator(case.model, "categorical", case.loader()) @ (torch.ones(2, 2),)
     assert isinstance(curvature.eigen[0], KroneckerEigen)
     assert fit_curvature(case.model, "categorical", case.loader(), estimator=Empirical(), progress=True).examples == N
+
+
+@pytest.mark.parametrize("bad", ["a", None, True, 1j, {}, [1.0, "a"], torch.ones(2, 2), np.ones(2)], ids=repr)
+def test_what_is_no_number_is_refused_by_name(bad):
+    case = Case("mlp")
+    curvature, F = case.fit(), FisherOperator(case.model, "categorical", case.loader())
+    for name, of in {
+        "delta": (curvature.shifted, curvature.logdet, lambda x: curvature.sample(delta=x)),
+        "scale": (lambda x: curvature.shifted(1.0, scale=x), lambda x: curvature.logdet(1.0, scale=x)),
+        "energy": (partial(curvature.projection, "top"),),
+        "damping": (F.as_scipy, lambda x: gpytorch_operator(F, x), lambda x: curvlinops_operator(F, x)),
+    }.items():
+        for f in of:
+            with pytest.raises((TypeError, ValueError), match=f"^{name} (is|has)"):
+                f(bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    curvature = Case("mlp").fit()
+    for one in (np.float32(1), np.int64(1), torch.tensor(1.0, dtype=torch.float64)):
+        assert torch.equal(curvature.logdet(one, scale=one), curvature.logdet(1.0))
+        assert torch.equal(curvature.shifted(one, scale=one).to_dense(), curvature.shifted(1.0).to_dense())
+
+
+def test_what_is_of_another_kind_is_refused_by_name(tmp_path):
+    case = Case("mlp")
+    curvature, F = case.fit(), FisherOperator(case.model, "categorical", case.loader())
+    for name, f in {
+        "loader": lambda: fit_curvature(case.model, "categorical", 3),
+        "queries": lambda: curvature.scores(None, case.loader()),
+        "inputs": lambda: curvature.variances(3),
+        "tensors": lambda: curvature.pack([case.x]),
+        "Vs": lambda: F @ 3,
+        "generator": lambda: curvature.sample(3),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} is"):
+            f()
+    with pytest.raises(ValueError, match=r"offload is 'nowhere', expected a torch\.device"):
+        case.fit(offload="nowhere")
+    with pytest.raises(TypeError, match="generator is 3, expected"):
+        case.fit(generator=3)
+    with pytest.raises(ValueError, match="Vs have shapes"):
+        curvature.unpack(torch.ones(2, 2))
+    (tmp_path / "nothing.pt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"nothing\.pt is no state that Curvature\.save wrote"):
+        load_curvature(tmp_path / "nothing.pt", case.model, "categorical")
+    model = Sum()
+    x, y = torch.randn(N, 4), torch.randint(K, (N,))
+    two = fit_curvature(model, "categorical", ((x, x), y), progress=False)
+    with pytest.raises(ValueError, match="the model does not take inputs of shapes"):
+        two.variances((x, x))  # a pair of inputs and targets
+
+
+def test_inference_mode_is_no_obstacle():
+    case = Case("mlp")
+    with torch.inference_mode():
+        curvature = case.fit()
+        scores, F = curvature.self_scores(case.loader()), FisherOperator(case.model, "categorical", case.loader())
+        assert len(F.gradient()) == len(F @ curvature.pack(case.parameters)) == 2
+    assert torch.equal(curvature.operator.to_dense(), case.fit().operator.to_dense())
+    assert torch.equal(scores, case.fit().self_scores(case.loader()))
 
 
 def test_a_layer_that_no_gradient_reaches_adds_nothing_to_the_scores():
