@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ def laplace_backend(**options: Any) -> type:
     class KFACBackend(GGNInterface):
         def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Any]:
             likelihood = LIKELIHOODS[str(getattr(self.likelihood, "value", self.likelihood))]
-            curvature = fit_curvature(self.model, likelihood, (x, y), progress=False, **options)
-            M = len(y)
+            inputs, M = (dict(x),) if isinstance(x, MutableMapping) else x, len(y)  # a mapping is its one argument
+            with torch.no_grad():
+                if self.last_layer:
+                    outputs, inputs = self.model.forward_with_features(x)
+                else:
+                    outputs = self.model(x)
+            trained = self.model.last_layer if self.last_layer else self.model
+            curvature = fit_curvature(trained, likelihood, (inputs, y), progress=False, **options)
             # The mean of A over the data and the sum of G: what is added up over the batches.
             factors = [[M * f[0], *(M / N * A for A in f[1:])] for f in kronecker_factors(curvature)]
-            with torch.no_grad():
-                loss = self.factor * self.lossfunc(self.model(x), y)
-            return loss, Kron(factors)
+            return self.factor * self.lossfunc(outputs, y), Kron(factors)
 
     return KFACBackend
 

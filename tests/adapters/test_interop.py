@@ -83,27 +83,47 @@ def laplace():
     return pytest.importorskip("laplace")
 
 
-def kron_laplace(laplace, case, backend, batch):
+def kron_laplace(laplace, case, backend, batch, part="all", collated=None):
     model, x, y = case
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch, collate_fn=collated)
     la = laplace.Laplace(
-        model, "classification", subset_of_weights="all", hessian_structure="kron", backend=backend, prior_precision=0.7
+        model, "classification", subset_of_weights=part, hessian_structure="kron", backend=backend, prior_precision=0.7
     )
     la.fit(loader, progress_bar=False)
     return la
 
 
+@pytest.mark.parametrize("part", ["all", "last_layer"])
 @pytest.mark.parametrize("batch", [N, 7])
-def test_laplace_takes_the_backend(laplace, case, batch):
+def test_laplace_takes_the_backend(laplace, case, batch, part):
     from laplace.curvature import CurvlinopsGGN
 
     _, x, y = case
     case = (Network(plain=True).eval(), x, y)
-    ours = kron_laplace(laplace, case, laplace_backend(), batch)
-    theirs = kron_laplace(laplace, case, CurvlinopsGGN, batch)
+    ours = kron_laplace(laplace, case, laplace_backend(), batch, part)
+    theirs = kron_laplace(laplace, case, CurvlinopsGGN, batch, part)
     agree(ours.posterior_precision.logdet(), theirs.posterior_precision.logdet())
     agree(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
     agree(ours(x[:5]), theirs(x[:5]))
+
+
+def test_laplace_has_batches_of_dictionaries(laplace, case):
+    class Mapped(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+
+        def forward(self, batch):
+            return self.of(batch["input_ids"])
+
+    def collated(rows):
+        x, y = zip(*rows, strict=True)
+        return {"input_ids": torch.stack(x), "labels": torch.stack(y)}
+
+    model, x, y = case
+    plain = kron_laplace(laplace, case, laplace_backend(), 7)
+    mapped = kron_laplace(laplace, (Mapped(model).eval(), x, y), laplace_backend(), 7, collated=collated)
+    agree(mapped.posterior_precision.logdet(), plain.posterior_precision.logdet())
 
 
 def test_the_posterior_is_that_of_laplace(laplace, case):
