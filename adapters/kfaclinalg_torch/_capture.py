@@ -121,19 +121,24 @@ class Capture:
     @torch.compiler.disable
     def _instead(self, module: nn.Module, site: Site, own: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Any = own or partial(type(module).forward, module)
-        shows = self.always or (self._shows and not self.idle)
-        if own is not None or self.removed or module in self.others or not shows:
+        shows, below = self.always or (self._shows and not self.idle), _below(own)
+        if below is None or self.removed or module in self.others or not shows:
             return forward(*args, **kwargs)
+        seeing = [(self, site), *((other, its) for other, its in below if module not in other.others)]
 
         def see(suffix: str, x: Tensor, s: Tensor, mask: Tensor | None) -> None:
-            name = f"{site.name}.{suffix}".lstrip(".")
-            for block in site.blocks if self._shows else ():
-                if block.name in (name, f"{name}.bias"):
-                    self._record(block, x, s, mask)
+            for capture, its in seeing:
+                capture._see(its, suffix, x, s, mask)
 
         if site.rule.formula is not None and not self._is_its_rule(site, module, None, args, kwargs):
             return forward(*args, **kwargs)
         return site.rule.forward(module, see, *args, **kwargs)  # type: ignore[misc]
+
+    def _see(self, site: Site, suffix: str, x: Tensor, s: Tensor, mask: Tensor | None) -> None:
+        name = f"{site.name}.{suffix}".lstrip(".")
+        for block in site.blocks if self._shows else ():
+            if block.name in (name, f"{name}.bias"):
+                self._record(block, x, s, mask)
 
     @property
     def _shows(self) -> bool:
@@ -172,6 +177,15 @@ class Capture:
             self.uses.append(use._replace(outputs=get_gradient_edge(output)))
         if self.followed(use):
             output.register_hook(partial(self.arrived, use))
+
+
+def _below(forward: Any) -> list[tuple[Capture, Site]] | None:
+    """The captures, and their sites, whose forward pass this is, one on top of the other; None where it is another."""
+    found = []
+    while isinstance(forward, partial) and isinstance(capture := getattr(forward.func, "__self__", None), Capture):
+        _, site, forward = forward.args
+        found += [] if capture.removed else [(capture, site)]
+    return found if forward is None else None
 
 
 def _weakly(method: Any) -> Callable[..., Any]:

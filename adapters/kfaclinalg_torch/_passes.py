@@ -82,16 +82,13 @@ class Passes:
     @contextmanager
     def open(self) -> Iterator[None]:
         """With hooks, and the model in evaluation; it is as it was afterwards."""
-        self._hook()
+        self.capture = self.trained.capture()
+        self.capture.mask_of = lambda *args, **kwargs: mask_of(self.mask, args, kwargs)
         try:
             with self.evaluated():
                 yield
         finally:
             self.capture.remove()
-
-    def _hook(self) -> None:
-        self.capture = self.trained.capture()
-        self.capture.mask_of = lambda *args, **kwargs: mask_of(self.mask, args, kwargs)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -137,12 +134,8 @@ class Passes:
 
     def settle(self, piece: Batch) -> None:
         """See in a first pass which layers are none."""
-        if self.trained.probed:
-            return
-        self.capture.remove()  # of two forward passes in the place of a module's only one is seen
         with torch.enable_grad():
             self.trained.probe(piece, lambda returned: tensor_of(self.outputs, returned))
-        self._hook()
 
     def apart(self, piece: Batch) -> set[Block]:
         """The blocks that show no examples: parameters that no rule knows, and what sees the same rows of two as of

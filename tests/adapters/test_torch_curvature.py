@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 
 from kfaclinalg import Diagonal, KroneckerEigen, Tridiagonal, testing
 from kfaclinalg_torch import (
+    KFAC,
     Empirical,
     FisherOperator,
+    KFACPreconditioner,
     Sampled,
     curvlinops_operator,
     fit_curvature,
@@ -151,6 +153,31 @@ def test_variances_are_those_of_the_jacobian(name, structure):
     expected = J @ torch.linalg.inv(P) @ J.mT
     close(curvature.variances(case.x, delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
     close(curvature.variances(list(case.x.split(7)), delta=0.1, scale=2.0), expected, float(torch.linalg.cond(P)))
+
+
+def test_a_preconditioner_and_its_model_are_seen_together():
+    """Both take the place of attention's forward pass, and each sees what it would alone."""
+    case = Case("attending")
+    expected, found = case.fit(), []
+    for fitted in (False, True):
+        preconditioner = KFACPreconditioner(case.model, likelihood="categorical", estimator="exact")
+        outputs = case.model(case.x)
+        with preconditioner.paused():
+            curvature = case.fit() if fitted else expected
+        assert torch.equal(curvature.operator.to_dense(), expected.operator.to_dense())
+        preconditioner.update(outputs)
+        nn.functional.cross_entropy(outputs, case.y).backward()
+        preconditioner.step()
+        found.append(preconditioner.layers)
+        preconditioner.remove()
+    assert type(case.model.attention).forward is case.model.attention.forward.__func__
+    assert found[0].keys() == found[1].keys() == expected.layers.keys()
+    assert all(torch.equal(M.G, found[1][name].G) for name, M in found[0].items())
+    other = KFACPreconditioner(case.model, likelihood="categorical", estimator="exact")
+    KFAC(case.model, "categorical").step(case.x, case.y)
+    other.update(case.model(case.x))
+    other.step()
+    assert other.layers.keys() == found[0].keys()
 
 
 def test_variances_take_no_targets_and_no_mask():
