@@ -53,7 +53,8 @@ class FisherOperator:
         """F Vs, as `@`."""
         check_shapes(Vs, self.shapes)
         network = self._passes.trained.network
-        tangents = network.by_name(network.parameters(tuple(Vs)))
+        own = zip(Vs, network.weights(), strict=True)
+        tangents = network.by_name(network.parameters(tuple(V.to(W) for V, W in own)))
 
         def product(likelihood: Any, f: Callable[..., Tensor], values: Any, outputs: Tensor, piece: Batch) -> Tensor:
             pushed: Any = jvp(f, (values,), (tangents,))
@@ -107,11 +108,12 @@ class FisherOperator:
                 with torch.no_grad():
                     v = at_outputs(likelihood, f, values, outputs.detach(), piece)
                 (slopes,) = pull(v)
-                new = network.matrices({p: slopes[name] for p, name in network.names.items()})
+                of = {p: slopes[name].detach().to(passes.dtype) for p, name in network.names.items()}
+                new = network.matrices(of)
                 total = new if total is None else tuple(map(torch.add, total, new))
                 N += getattr(likelihood, "examples", len(piece))
         check_count(N)
-        return tuple(V.detach() / N for V in total or ())
+        return tuple(V / N for V in total or ())
 
     def _function(self, piece: Batch) -> tuple[Callable[..., Tensor], list[Any]]:
         """The outputs of a piece of the data as a function of the parameters, and the masks of its passes."""

@@ -15,7 +15,7 @@ from ._blocks import Block
 from ._capture import Capture
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._entries import Entries
-from ._estimators import Empirical, slope_of_loss
+from ._estimators import Empirical, Sampled, slope_of_loss
 from ._gather import gather
 from ._layer import Layer
 from ._likelihoods import Likelihood, likelihood_of, masked, new_generator
@@ -71,7 +71,8 @@ class Passes:
         self.trained.who = "fit_curvature"
         self.dtype, self.device = dtype_of(factor_dtype, known.layers), known.layers[0].parameters[0].device
         self.team = Team(group, self.device)
-        self.generator = generator or new_generator(self.device)
+        drawn = isinstance(self.estimator, Sampled)  # of others no result depends on what is drawn
+        self.generator = generator or (new_generator(self.device) if drawn else torch.Generator(self.device))
         self.mask, self.outputs, self.chunk_size = mask, outputs, chunk_size
         self._apart: set[Block] | None = None
 

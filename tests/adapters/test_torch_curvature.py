@@ -333,12 +333,13 @@ def test_the_model_is_left_as_it_was():
         model, "categorical", (x, torch.randint(K, (N,), generator=torch.Generator())), progress=False
     )
     curvature.variances(x)
+    FisherOperator(model, "categorical", (x, torch.zeros(N, dtype=torch.int64))).gradient()
     assert model.training
     assert model[2].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model[0]._forward_hooks
     assert all(p.grad is None for p in model.parameters())
-    assert state.shape == torch.get_rng_state().shape
+    assert torch.equal(state, torch.get_rng_state())
 
 
 class Failing(nn.Module):
@@ -398,6 +399,16 @@ def test_products_with_the_exact_fisher_and_the_gradient(name):
     close(F.stacked(F @ F.split(v)), case.fisher(curvature) @ v)
     close(F.stacked(F.gradient()), case.gradients(curvature).mean(0))
     np.testing.assert_allclose(F.as_scipy(0.5) @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
+
+
+def test_the_fisher_operator_takes_matrices_in_the_dtype_of_the_factors():
+    case, wide = Case("mlp", torch.float32), {"factor_dtype": torch.float64}
+    F, curvature = FisherOperator(case.model, "categorical", case.loader(7), **wide), case.fit(**wide)
+    Vs = curvature.pack(case.parameters)
+    product = F @ Vs
+    assert {V.dtype for V in (*Vs, *product, *F.gradient())} == {torch.float64}
+    expected = FisherOperator(case.model, "categorical", case.loader()) @ [V.float() for V in Vs]
+    torch.testing.assert_close(F.stacked(product).float(), F.stacked(expected))
 
 
 def test_the_fisher_operator_takes_what_the_curvature_packs():
