@@ -130,7 +130,8 @@ class Curvature:
     def variances(self, inputs: Any, *, delta: Any = 1.0, scale: Any = 1.0) -> Tensor:
         """J P⁻¹ Jᵀ (N, K, K) of each example with its K outputs, P = scale F + delta I, without a Jacobian in memory.
 
-        What the outputs of the linearised model vary by under N(θ, P⁻¹). K backward passes.
+        What the outputs of the linearised model vary by under N(θ, P⁻¹). K backward passes. `inputs` is a batch of
+        them, or a loader; of a pair (inputs, targets) the first.
         """
         return variances(self._passes, [P.inverse() for P in self._shifted(delta, scale)], inputs)
 

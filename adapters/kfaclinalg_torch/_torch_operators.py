@@ -67,10 +67,8 @@ def _columns(operator: Any, damping: float) -> tuple[Tensor, Callable[[Tensor], 
     """A vector of the operator's size, dtype and device, and its product with columns (n, k)."""
     damping = strength("damping", damping)
     if isinstance(operator, FisherOperator):
-        shapes, like = (
-            operator.shapes,
-            operator.stacked(operator._passes.trained.network.weights()).to(operator._passes.dtype),
-        )
+        passes, shapes = operator._passes, operator.shapes
+        like = operator.stacked(passes.trained.network.weights()).to(passes.dtype)
     elif isinstance(operator, BlockDiagonal):
         diagonal: Any = operator.diagonal()
         shapes, like = [tuple(d.shape) for d in diagonal], torch.cat([d.mT.reshape(-1) for d in diagonal])
