@@ -121,7 +121,7 @@ class Capture:
     @torch.compiler.disable
     def _instead(self, module: nn.Module, site: Site, own: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Any = own or partial(type(module).forward, module)
-        shows, below = self.always or (self._shows and not self.idle), _below(own)
+        shows, below = self.always or (self._shows and not self.idle), captures_of(own)
         if below is None or self.removed or module in self.others or not shows:
             return forward(*args, **kwargs)
         seeing = [(self, site), *((other, its) for other, its in below if module not in other.others)]
@@ -179,7 +179,7 @@ class Capture:
             output.register_hook(partial(self.arrived, use))
 
 
-def _below(forward: Any) -> list[tuple[Capture, Site]] | None:
+def captures_of(forward: Any) -> list[tuple[Capture, Site]] | None:
     """The captures, and their sites, whose forward pass this is, one on top of the other; None where it is another."""
     found = []
     while isinstance(forward, partial) and isinstance(capture := getattr(forward.func, "__self__", None), Capture):

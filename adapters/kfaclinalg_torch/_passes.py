@@ -21,6 +21,7 @@ from ._layer import Layer
 from ._likelihoods import Likelihood, likelihood_of, masked, new_generator
 from ._masks import mask_of
 from ._settings import check_choice, check_generator, check_known, dtype_of, tensor_of, values_of
+from ._silenced import silenced
 from ._statistics import Statistic
 from ._table import table_of
 from ._team import Team, group_of
@@ -93,11 +94,11 @@ class Passes:
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """The model in evaluation and in full precision, and as it was afterwards."""
+        """The model in evaluation, in full precision and seen by nobody else, and as it was afterwards."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            with silenced(self.model), torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
             for module in training:

@@ -180,6 +180,31 @@ def test_a_preconditioner_and_its_model_are_seen_together():
     assert other.layers.keys() == found[0].keys()
 
 
+@pytest.mark.parametrize("name", ["mlp", "attending"])
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_a_preconditioner_does_not_see_the_passes_of_a_fit(name, estimator):
+    """Not paused, between the backward pass and the step, of the model and of what it is a part of."""
+    found = []
+    for fitted in (False, True):
+        case = Case(name)
+        own = {} if estimator == "empirical" else {"likelihood": "categorical"}
+        whole = nn.Sequential(case.model)
+        preconditioner = KFACPreconditioner(whole, estimator=estimator, **own)
+        outputs = whole(case.x)
+        if own:
+            preconditioner.update(outputs)
+        nn.functional.cross_entropy(outputs, case.y).backward()
+        if fitted:
+            curvature = case.fit(structure="eigen")
+            curvature.self_scores(case.loader())
+            FisherOperator(case.model, "categorical", case.loader()).gradient()
+        preconditioner.step()
+        found.append(preconditioner.layers)
+    for one, other in zip(*(layers.values() for layers in found), strict=True):
+        assert torch.equal(one.A.diagonal(), other.A.diagonal())
+        assert torch.equal(one.G, other.G)
+
+
 def test_variances_take_no_targets_and_no_mask():
     """The Jacobian is the same whatever counts in the loss, and whatever the loss is."""
     case = Case("words")
