@@ -157,7 +157,7 @@ class KFACPreconditioner(Seen, Controlled):
 
         Raises:
             ValueError: a module or a parameter was replaced since the preconditioner was made; the processes differ.
-            RuntimeError: nothing was captured so far, or since the last step; another process failed, or was waited for in vain.
+            RuntimeError: nothing was captured, nothing is new; another process failed, or was waited for in vain.
             LinAlgError: the factors of a layer could not be inverted in three refreshes in a row.
         """
         step_together(self, self._exchange) if self._exchange else step_alone(self)

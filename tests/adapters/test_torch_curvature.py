@@ -535,22 +535,22 @@ def test_a_model_may_have_one_batch_size():
     assert all(map(torch.equal, found, expected))
 
 
-def test_mistakes_are_refused():
+def test_loaders_that_hold_no_pairs_are_refused():
     case = Case("mlp")
-    curvature = case.fit()
-    for loader, error, what in (
-        ([], ValueError, "loader is empty"),
-        ([case.x], TypeError, r"loader gives a Tensor, expected pairs"),
-        (iter(case.loader()), None, ""),
-    ):
-        if error:
-            with pytest.raises(error, match=what):
-                fit_curvature(case.model, "categorical", loader, progress=False)
+    with pytest.raises(ValueError, match="loader is empty"):
+        fit_curvature(case.model, "categorical", [], progress=False)
+    with pytest.raises(TypeError, match="loader gives a Tensor, expected pairs"):
+        fit_curvature(case.model, "categorical", [case.x], progress=False)
     for of in (FisherOperator, partial(fit_curvature, structure="eigen", progress=False)):
         with pytest.raises(TypeError, match="loader is a list_iterator, of one pass"):
             of(case.model, "categorical", iter(case.loader()))
     with pytest.raises(ValueError, match="loader is empty"):
         FisherOperator(case.model, "categorical", [])
+
+
+def test_mistakes_are_refused():
+    case = Case("mlp")
+    curvature = case.fit()
     for delta, what in (
         (0.0, "delta is 0.0"),
         (-1, "delta is -1"),
