@@ -90,14 +90,17 @@ def convnet(params: Any, x: Any) -> Any:
 
 def transformer_of(key: Any, width: int = 64, blocks: int = 2) -> Any:
     keys = iter(jax.random.split(key, 6 * blocks + 2))
-    norm = {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
+
+    def norm() -> dict[str, Any]:
+        return {"scale": jnp.ones(width), "shift": jnp.zeros(width)}  # of each its own arrays, which are donated
+
     shapes = dict.fromkeys(("query", "key", "value", "mix"), (width, width))
     shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
     made = [
-        {name: dense(next(keys), *shape) for name, shape in shapes.items()} | {"norm1": dict(norm), "norm2": dict(norm)}
+        {name: dense(next(keys), *shape) for name, shape in shapes.items()} | {"norm1": norm(), "norm2": norm()}
         for _ in range(blocks)
     ]
-    return {"first": dense(next(keys), 28, width), "blocks": made, "norm": norm, "last": dense(next(keys), width, 10)}
+    return {"first": dense(next(keys), 28, width), "blocks": made, "norm": norm(), "last": dense(next(keys), width, 10)}
 
 
 def transformer(params: Any, x: Any, heads: int = 4) -> Any:
