@@ -28,11 +28,14 @@ def layer(y: T, *, inputs: Any, weight: Any) -> T:
     >>> Network(f, "gaussian", example=({"W": jnp.ones((2, 3))}, jnp.ones((4, 2)))).layers
     {'W': (3, 2)}
     """
+    for name, v in (("y", y), ("inputs", inputs), ("weight", weight)):
+        if not hasattr(v, "shape"):
+            raise TypeError(f"{name} is {v!r}, expected an array")
+    (x, W), shape = (inputs, weight), y.shape  # type: ignore[attr-defined]
+    if W.ndim != 2 or x.ndim == 0 or x.shape[-1] != W.shape[0] or shape != (*x.shape[:-1], W.shape[1]):
+        raise ValueError(f"y has shape {shape}, expected that of inputs {x.shape} @ weight {W.shape}")
     number = next(_numbers)
-    x, W = (checkpoint_name(v, f"{LAYER}/{number}/{role}") for role, v in (("inputs", inputs), ("weight", weight)))
-    if W.ndim != 2 or x.shape[-1] != W.shape[0] or y.shape != (*x.shape[:-1], W.shape[1]):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"y has shape {y.shape}, expected that of inputs {x.shape} @ weight {W.shape}"  # type: ignore[attr-defined]
-        )
+    for v, role in ((x, "inputs"), (W, "weight")):
+        checkpoint_name(v, f"{LAYER}/{number}/{role}")
     named: T = checkpoint_name(y, f"{LAYER}/{number}/outputs")
     return named

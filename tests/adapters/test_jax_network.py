@@ -203,3 +203,8 @@ def test_a_layer_is_what_the_user_says_it_is():
         wrong.check(params, x)
     with pytest.raises(ValueError, match=r"y has shape \(4, 3\)"):
         layer(x, inputs=x, weight=params["W"])
+    for name in ("y", "inputs", "weight"):
+        with pytest.raises(TypeError, match=f"{name} is 2.0, expected an array"):
+            layer(**({"y": x @ params["W"], "inputs": x, "weight": params["W"]} | {name: 2.0}))
+    with pytest.raises(ValueError, match=r"of inputs \(\) @"):
+        layer(x @ params["W"], inputs=x[0, 0], weight=params["W"])
