@@ -13,7 +13,7 @@ from kfaclinalg import Factors, KroneckerEigen, moving_average
 from ._control import Control, periods, turns
 from ._devices import divided
 from ._groups import Group, grouped
-from ._inverses import Inverse, blank, observed, refreshed
+from ._inverses import Inverse, are_finite, blank, observed, refreshed
 from ._network import Network
 from ._squares import mean_squares
 from ._statistics import Statistics
@@ -59,10 +59,14 @@ class Transformation:
 
     def init(self, params: Any) -> PreconditionState:
         groups = self.plan(_by_name(params)).groups
-        averages = tuple(group.zeros() for group in groups)
-        inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
-        step, taken, rejected = (jnp.zeros((), jnp.int32) for _ in range(3))  # one array cannot be donated twice
-        return PreconditionState(step, taken, rejected, averages, inverses)
+
+        def zeros() -> PreconditionState:
+            averages = tuple(group.zeros() for group in groups)
+            inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
+            step, taken, rejected = (jnp.zeros((), jnp.int32) for _ in range(3))
+            return PreconditionState(step, taken, rejected, averages, inverses)
+
+        return jax.jit(zeros)()  # one program, not one for each shape
 
     def update(
         self,
@@ -80,7 +84,7 @@ class Transformation:
         Vs = [group.gradients(leaves, self.names) for group in plan.groups]
         known = {self.names[i] for group in plan.groups for layer in group.layers for i in layer.leaves}
         others = {name: g for name, g in leaves.items() if name not in known}
-        finite = _are_finite([*Vs, *others.values()])
+        finite = are_finite([*Vs, *others.values()])
         damping = self.control.damping_at(step)
         taken, rejected, averages = state.taken, state.rejected, state.averages
         takes: Any = False
@@ -88,7 +92,7 @@ class Transformation:
             early = self.control.is_early("statistics_period", step, plan.statistics_period)
             due = early | (step % plan.statistics_period == 0)
             new = [group.stacked(statistics.moments) for group in plan.groups]
-            takes = due & finite & _are_finite(jax.tree.leaves(new))
+            takes = due & finite & are_finite(jax.tree.leaves(new))
             taken, rejected = taken + takes, rejected + (due & ~takes)
             averages = self._averaged(plan, averages, new, takes, taken)
         early = self.control.is_early("inverse_period", step, plan.inverse_period)
@@ -180,7 +184,3 @@ def of_length(U: Any, length: Any, stack: int) -> Any:
 
 def _by_name(tree: Any) -> dict[str, Any]:
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _are_finite(arrays: list[Any]) -> Any:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all() if arrays else jnp.ones((), bool)
