@@ -86,8 +86,8 @@ def _made(structure: Any, M: LayerFactors, old: Inverse | None, damping: Any, ti
 
 def are_finite(arrays: list[Any]) -> Any:
     """Whether all entries are: whether their mean is, by products, which XLA compiles and runs in less time."""
-    rows = [_half_means(jnp.atleast_1d(x)).ravel() for x in arrays]
-    return jnp.isfinite(_half_means(jnp.concatenate(rows))) if rows else jnp.ones((), bool)
+    means = [_half_means(_half_means(jnp.atleast_1d(x)).ravel()) for x in arrays]
+    return jnp.isfinite(jnp.stack(means)).all() if means else jnp.ones((), bool)
 
 
 def _half_means(x: Any) -> Any:

@@ -1,6 +1,7 @@
 """The steps of one device on several: run as a program, since the number of host devices is fixed at the start."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 def f(p, x):
     for W, b in zip(p["W"], p["b"], strict=True):
         x = jnp.tanh(x @ W + b)
+    x = x * jnp.cos(p["angle"]).sum()
     return ((x - x.mean(-1, keepdims=True)) * p["scale"] + p["shift"]) @ p["V"]
 
 
@@ -23,7 +25,7 @@ def run(make, place, wrap=lambda step: step):
     """Three steps from the same start."""
     normal = np.random.default_rng(0).normal
     params = {"W": [0.5 * normal(size=(6, 6)) for _ in range(2)], "b": [np.zeros(6)] * 2}
-    params |= {"scale": np.ones(6), "shift": np.zeros(6), "V": normal(size=(6, 2))}
+    params |= {"scale": np.ones(6), "shift": np.zeros(6), "V": normal(size=(6, 2)), "angle": np.ones(8)}
     params, x, y = jax.tree.map(jnp.asarray, (params, normal(size=(8, 6)), np.arange(8) % 2))
     net, tx = make(params, x)
     state = tx.init(params)
@@ -52,8 +54,14 @@ def maker(*, part=1, structure="block-diagonal", axis_name=None, **options):
     return make
 
 
-def on(mesh):
-    return lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+def on(mesh, split="none"):
+    """On a mesh, the parameter of the name `split` in parts."""
+
+    def put(path, a, spec):
+        part = a.ndim == 1 and jax.tree_util.keystr(path).endswith(f"['{split}']")
+        return jax.device_put(a, NamedSharding(mesh, SPLIT if part else spec))
+
+    return lambda tree, spec: jax.tree_util.tree_map_with_path(partial(put, spec=spec), tree)
 
 
 def main(devices, structure):
@@ -69,6 +77,7 @@ def main(devices, structure):
         found["inverses divided"] = run(maker(inverse_sharding=NamedSharding(auto, SPLIT)), on(auto))
         with jax.set_mesh(explicit):
             found["explicit"] = run(maker(), on(explicit))
+            found["explicit, a parameter in parts"] = run(maker(), on(explicit, "angle"))
     for name, came in found.items():
         jax.tree.map(
             lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13, err_msg=name),
