@@ -87,9 +87,10 @@ def make_step(spec, m, stats_every, inverse_every, variant):
     x, y = tc.data(spec, m)
     criterion, optimizer = tc.loss_fn(spec), tc.sgd(net)
     likelihood = "bernoulli" if spec["loss"] == "bce" else "categorical"
+    sampled = variant == "sampled"  # the empirical estimator takes the loss's own gradients
     preconditioner = KFACPreconditioner(
         net,
-        likelihood=likelihood,
+        likelihood=likelihood if sampled else None,
         estimator=variant,
         damping=jobs.DAMPING,
         decay=jobs.EMA_OLD,
@@ -100,7 +101,7 @@ def make_step(spec, m, stats_every, inverse_every, variant):
     def step():
         optimizer.zero_grad(set_to_none=True)
         outputs = net(x)
-        if variant == "sampled":
+        if sampled:
             preconditioner.update(outputs)
         loss = criterion(outputs, y)
         loss.backward()
