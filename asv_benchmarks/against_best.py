@@ -1,4 +1,4 @@
-"""Our time over the best that anyone has, an operation a row, from peers.json: the table of the performance page.
+"""Our time over the best that anyone has, from peers.json and peers_zen5.json: the table of the performance page.
 
     python asv_benchmarks/against_best.py
 
@@ -12,7 +12,7 @@ import json
 
 from against_peers import BY_HAND, HERE, LIMITS, OURS, OUTPUT, Row, best, library
 
-PROCESSOR = "AMD EPYC"  # of peers.json
+PROCESSORS = {"peers.json": "AMD EPYC, Zen 3, 7390bf8", "peers_zen5.json": "AMD EPYC, Zen 5, 2026-11-30"}
 ANOTHER = (BY_HAND, "singd, diagonal")  # no library, another method
 NAMES = {
     "J1": "A and G of a batch into the average",
@@ -27,25 +27,26 @@ NAMES = {
 }
 
 
-def line(rows: list[Row], job: str, size: str) -> str | None:
-    """A row of the table; None where nobody else has the operation."""
+def line(rows: list[Row], job: str, size: str, processor: str) -> str | None:
+    """A row of the table; None where it was not measured, or nobody else has the operation."""
     found = best(rows, job, size)
+    if OURS not in found:
+        return None
     ours = found.pop(OURS)["ratio"]
     peers = {name: row["ratio"] for name, row in found.items() if name not in ANOTHER}
     if not peers:
         return None
     fastest = min(peers, key=lambda name: peers[name])
     cells = [NAMES[job], size.removeprefix("float32 "), f"**{ours / peers[fastest]:.2f}**", fastest]
-    cells += [f"{ours:.2f}", "plain SGD" if job in ("J4", "J5") else "by hand", PROCESSOR]
+    cells += [f"{ours:.2f}", "plain SGD" if job in ("J4", "J5") else "by hand", processor]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    rows = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
-    sizes = {
-        job: dict.fromkeys(row["size"] for row in rows if row["job"] == job and library(row) == OURS) for job in LIMITS
-    }
-    lines = [line(rows, job, size) for job, of_job in sizes.items() for size in of_job]
+    measured = {processor: json.loads((HERE / name).read_text("utf-8")) for name, processor in PROCESSORS.items()}
+    known = [row for rows in measured.values() for row in rows if library(row) == OURS]
+    places = [(job, size) for job in LIMITS for size in dict.fromkeys(row["size"] for row in known if row["job"] == job)]
+    lines = [line(rows, *place, processor) for place in places for processor, rows in measured.items()]
     head = ["operation", "size", "over the best library", "which", "over the limit", "which limit", "processor"]
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(one for one in lines if one)]
     OUTPUT.with_name("best.md").write_text("\n".join(table) + "\n", encoding="utf-8")

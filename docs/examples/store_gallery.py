@@ -33,6 +33,8 @@ COMMANDS = {
     "race_transformer": "make race ARGS='--tasks transformer'",
     "race_gru": "make race ARGS='--tasks gru'",
     "race_vit": "make race ARGS='--tasks vit'",
+    "race_convnet": "make race ARGS='--tasks convnet'",
+    "race_sparse": "make race ARGS='--tasks sparse'",
     "jax_transformer": "make jax_transformer",
     "influence": "make influence",
     "distributed_autoencoder": "make distributed_autoencoder",
