@@ -45,7 +45,9 @@ def line(rows: list[Row], job: str, size: str, processor: str) -> str | None:
 def main() -> None:
     measured = {processor: json.loads((HERE / name).read_text("utf-8")) for name, processor in PROCESSORS.items()}
     known = [row for rows in measured.values() for row in rows if library(row) == OURS]
-    places = [(job, size) for job in LIMITS for size in dict.fromkeys(row["size"] for row in known if row["job"] == job)]
+    places = [
+        (job, size) for job in LIMITS for size in dict.fromkeys(row["size"] for row in known if row["job"] == job)
+    ]
     lines = [line(rows, *place, processor) for place in places for processor, rows in measured.items()]
     head = ["operation", "size", "over the best library", "which", "over the limit", "which limit", "processor"]
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(one for one in lines if one)]

@@ -198,7 +198,7 @@ class GRU(nn.Module):
 
 TASKS = {
     "autoencoder": Task("MNIST autoencoder", partial(autoencoder, False), pixels, "bernoulli", 500, 600),
-    "sparse": Task("MNIST autoencoder, sparse initialisation", partial(autoencoder, True), pixels, "bernoulli", 500, 600),
+    "sparse": Task("MNIST autoencoder, sparse weights", partial(autoencoder, True), pixels, "bernoulli", 500, 600),
     "convnet": Task("Convnet on MNIST", convnet, classes, "categorical", 128, 186),
     "transformer": Task("Character transformer", Transformer, text, "categorical", 16, 600),
     "vit": Task("Vision transformer on MNIST", ViT, classes, "categorical", 64, 500),
