@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _patches as patches
-from ._blocks import LARGEST, Dense, Like, Mask
+from ._blocks import LARGEST, Dense, Like, Mask, outline
 from ._patch_moments import patch_moment
 
 
@@ -28,7 +28,7 @@ class Convolution(Dense):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        g, m, n = patches.matrix_of_weight(self.module, self.weight.detach()).shape
+        g, m, n = patches.matrix_of_weight(self.module, outline(self.weight)).shape
         return (m, n + (self.bias is not None)) if g == 1 else (g, m, n + (self.bias is not None))
 
     @property
@@ -63,7 +63,7 @@ class Convolution(Dense):
         if mask is not None:
             return super().input_moment(x, N, mask)
         bias, R = self.bias is not None, patches.positions(self.module, x)
-        if self.module.groups == 1 and self.weight[0].numel() + bias > LARGEST:
+        if self.module.groups == 1 and self.shape[1] > LARGEST:
             return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R
         return self._ungrouped(patch_moment(self.module, x, bias), 0), len(x) * R
 

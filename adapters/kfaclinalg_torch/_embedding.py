@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import Like, Mask, Rows, second_moment
+from ._blocks import Like, Mask, Rows, outline, second_moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Embedding(Rows):
         return g.reshape(N, -1, g.shape[-1])
 
     def empty_moments(self) -> tuple[Tensor, Tensor]:
-        return self.weight.new_zeros(len(self.weight)), super().empty_moments()[1]
+        return outline(self.weight).new_zeros(len(self.weight)), super().empty_moments()[1]
 
     def pooled_inputs(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, Any]:
         return self._counts(x, N, mask), x.numel() // N if mask is None else mask.reshape(N, -1).sum(1)
