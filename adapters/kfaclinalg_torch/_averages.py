@@ -44,18 +44,23 @@ class Averages:
         return Averaged(known, self.links)
 
     def state(self) -> dict[str, Any]:
-        return {"moments": self.layers, "links": self.links, "taken": self.taken}
+        known = tuple(sorted(self.known | self.layers.keys()))
+        return {"moments": self.layers, "links": self.links, "taken": self.taken, "known": known}
 
     def check(self, state: Any, blocks: Sequence[Block], chain: Sequence[Layer]) -> None:
         """A ValueError where a state cannot be loaded."""
-        check_keys(state, ("moments", "links", "taken"))
+        check_keys(state, ("moments", "links", "taken", "known"))
         check(isinstance(state["taken"], int) and is_number(state["taken"]), f"taken is {state['taken']!r}")
         check(isinstance(state["moments"], dict), "its moments are none")
         expected = {block.name: block for block in blocks}
         for name, pair in state["moments"].items():
             check(name in expected, f"{name!r} is no layer")
             check_moments(name, pair, expected[name].empty_moments())
+        known = state["known"]
+        check(isinstance(known, tuple) and all(isinstance(name, str) for name in known), f"known is {known!r}")
+        check({*state["moments"]} <= {*known} <= {*expected}, f"known is {known!r}")
         check_links(state["links"], [layer.matrix(outline).shape for layer in chain])
 
     def load(self, state: dict[str, Any]) -> None:
         self.layers, self.links, self.taken = state["moments"], state["links"], state["taken"]
+        self.known = set(state["known"])

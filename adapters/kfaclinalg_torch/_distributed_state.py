@@ -16,7 +16,7 @@ from ._inverses import Inverses
 from ._layer import Layer
 from ._payload import closed, filled, opened, template
 
-ROOM, ROOM_A_PARAMETER = 4096, 1024  # bytes of the facts
+ROOM, ROOM_A_PARAMETER = 16384, 1024  # bytes of the facts
 
 
 class DistributedState:
@@ -74,13 +74,16 @@ class DistributedState:
             layer.name: self._opened(layer, state_dict)
             for layer in p._layers
             if layer.name in facts["inverted"] and f"inverse.{layer.name}.0" in state_dict
+            if facts["form"] == repr(p._inverses.structure)  # what another inverse_period has made is made anew
         }
         own = p.state_dict()
         fitted = {name: kept for name, (kept, _) in pairs.items() if p.structure.observes}
         inverses = {"inverses": {name: K for name, (_, K) in pairs.items()}, "fitted": fitted}
         inverses["failures"] = {name: n for name, n in facts["failures"].items() if name in pairs}
-        averages = {"moments": moments, "links": (), "taken": facts["taken"]}
+        averages = {"moments": moments, "links": (), "taken": facts["taken"], "known": facts["known"]}
         said = {name: facts[name] for name in ("steps", "gone", "periods", "seed", "made")}
+        if len(facts["generator"]) == 2 * len(own["generator"]):  # that of one process alone, on such a device
+            said["generator"] = torch.frombuffer(bytearray.fromhex(facts["generator"]), dtype=torch.uint8)
         p.load_state_dict(own | said | packed({"averages": averages, "inverses": inverses}))
 
     def _facts(self) -> Tensor:
@@ -94,13 +97,15 @@ class DistributedState:
         facts = {
             "steps": p._steps,
             "taken": averages.taken,
-            "known": sorted(averages.known | set(averages.layers)),
+            "known": averages.state()["known"],
             "inverted": sorted(inverted),
             "failures": failures,
             "gone": dict(p._gone),
             "periods": dict(p._periods),
             "seed": p._seed,
+            "generator": "" if p._exchange else bytes(p.generator.get_state().tolist()).hex(),
             "made": made(p.structure, p.estimator, p._layers),
+            "form": repr(inverses.structure),
         }
         text = json.dumps(facts).encode()
         room = ROOM + ROOM_A_PARAMETER * sum(1 for _ in p._model.parameters())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
+
+from kfaclinalg import CholeskyInverse, Diagonal, Kronecker
 
 from ._blocks import outline
 from ._chain import ChainInverse, inverses_of
@@ -20,6 +23,10 @@ from ._checkpoint import (
     packed,
     restored,
 )
+from ._grid import Duties, Grid
+from ._layer import Layer
+
+LOADING = "the loading of a state"
 
 
 def kfac_state(optimizer: Any, groups: Any) -> dict[str, Any]:
@@ -69,13 +76,24 @@ def preconditioner_state(preconditioner: Any) -> dict[str, Any]:
 
 def load_preconditioner(preconditioner: Any, state_dict: dict[str, Any]) -> None:
     """All processes load, or none."""
-    with preconditioner._estimate.team.agreed("the loading of a state"):
-        _load(preconditioner, state_dict)
-    if preconditioner._exchange:
-        preconditioner._exchange.rejoin(preconditioner)
+    p, exchange = preconditioner, preconditioner._exchange
+    with p._estimate.team.agreed(LOADING):
+        lost, layers, means, inverted = _checked(p, state_dict)
+    _drop_other_forms(inverted["inverses"], p._inverses.structure)
+    if exchange:
+        _claim(exchange.grid, layers, means, inverted["inverses"])
+    p._settled(lost)
+    p._estimate.averages.load(means)
+    p._inverses.load(inverted)
+    p._steps, p._periods, p._seed = state_dict["steps"], dict(state_dict["periods"]), state_dict["seed"]
+    p.generator.set_state(state_dict["generator"])
+    p._begin()
+    if exchange:
+        exchange.rejoin(p)
 
 
-def _load(preconditioner: Any, state_dict: dict[str, Any]) -> None:
+def _checked(preconditioner: Any, state_dict: dict[str, Any]) -> tuple[Any, Sequence[Layer], Any, Any]:
+    """The layers that are none to the state, and the others; its averages and inverses. Nothing has changed yet."""
     p, averages = preconditioner, preconditioner._estimate.averages
     check_keys(state_dict, ("averages", "inverses", "made", "steps", "generator", "gone", "periods", "seed"))
     steps, gone, known = state_dict["steps"], state_dict["gone"], p._estimate.found
@@ -92,9 +110,32 @@ def _load(preconditioner: Any, state_dict: dict[str, Any]) -> None:
     means, inverted = (restored(state_dict[name], like) for name in ("averages", "inverses"))
     averages.check(means, known.blocks, inverses.chain if isinstance(inverses, ChainInverse) else [])
     inverses.check(inverted, {layer.name: layer.matrix(outline) for layer in known.layers})
-    p._settled(lost)
-    averages.load(means)
-    p._inverses.load(inverted)
-    p._steps, p._periods, p._seed = steps, dict(state_dict["periods"]), state_dict["seed"]
-    p.generator.set_state(state_dict["generator"])
-    p._begin()
+    return lost, known.layers, means, inverted
+
+
+def _drop_other_forms(inverses: dict[str, Any], structure: Any) -> None:
+    """What was made with another inverse_period, explicitly or not, is made anew in the next step."""
+    substituted = getattr(structure, "method", "explicit") == "cholesky"
+    for name, K in list(inverses.items()):
+        sides = [M for M in (K.A, K.B) if not isinstance(M, Diagonal)] if isinstance(K, Kronecker) else []
+        if any(isinstance(M, CholeskyInverse) != substituted for M in sides):
+            del inverses[name]
+
+
+def _claim(grid: Grid, layers: Sequence[Layer], means: dict[str, Any], inverses: dict[str, Any]) -> None:
+    """Of a state each process keeps what is its own, and that must be there."""
+    duties, parts = Duties(layers, grid.all.size), (means["moments"], inverses)
+    averaged = {name for name, owner in duties.of_block.items() if owner == grid.all.rank}
+    held = {name for name, owner in duties.owner.items() if grid.column_of(owner) == grid.row.rank}
+    everyones = zip(*grid.all.told((means["known"], tuple(inverses)), "a state"), strict=True)
+    known = [{name for some in names for name in some} for names in everyones]
+    own = known if grid.replicated else [one & mine for one, mine in zip(known, (averaged, held), strict=True)]
+    with grid.all.agreed(LOADING):
+        if lacking := sorted({name for names, part in zip(own, parts, strict=True) for name in names - part.keys()}):
+            raise ValueError(
+                f"the state lacks {', '.join(map(repr, lacking))}, which this process holds: expected the state_dict() "
+                "of the same process and placement, or of a replicated one, or a DistributedState"
+            )
+    for names, part in zip(own, parts, strict=True):
+        for name in part.keys() - names:
+            del part[name]

@@ -1,5 +1,7 @@
 """Checkpoints by torch.distributed.checkpoint: saved by some processes, loaded by others."""
 
+import copy
+
 import pytest
 import torch
 from test_distributed_agreement import made, same
@@ -76,6 +78,44 @@ def loaded(rank, world, folder):
         found[name] = steps(*things, rank, world, range(4, 6))
     if world == 2:
         found["refused"] = refused(folder)
+        found["periods"] = {kind: other_period(rank, world, kind) for kind in ("plain", "distributed")}
+        found["others"] = others_states(rank, world)
+    return found
+
+
+def other_period(rank, world, kind):
+    """Two steps more with inverses by substitution, and of explicit ones that go on from their state."""
+    things = parts("ddp", {"placement": "owner", "inverse_period": 1}, world)
+    steps(*things, rank, world, range(2))
+    others = parts("ddp", {"placement": "owner", "inverse_period": 2}, world)
+    others[3].inverse_period = 1
+    for i in (1, 2):
+        others[i].load_state_dict(copy.deepcopy(things[i].state_dict()))
+    (one, other) = (x if kind == "plain" else DistributedState(x) for x in (things[3], others[3]))
+    other.load_state_dict(one.state_dict())
+    return [steps(*those, rank, world, range(2, 4)) for those in (things, others)]
+
+
+def others_states(rank, world):
+    """What loading says of states that are not this process's, and what is there afterwards."""
+    made_by = {place: parts("ddp", {"placement": place}, world) for place in ("owner", "replicated")}
+    states, found = {}, {}
+    for place, things in made_by.items():
+        steps(*things, rank, world, range(2))
+        states[place] = things[3].state_dict()
+    first = [states["owner"]]
+    distributed.broadcast_object_list(first)
+    broken = states["owner"] | ({"steps": "none"} if rank else {})
+    loads = {"its own": ("owner", states["owner"]), "all of it": ("owner", states["replicated"])}
+    loads |= {"the first one's": ("owner", first[0]), "a part": ("replicated", states["owner"])}
+    for name, (place, state) in (loads | {"a broken one": ("owner", broken)}).items():
+        *_, preconditioner = parts("ddp", {"placement": place}, world)
+        before, said = preconditioner.state_dict(), ""
+        try:
+            preconditioner.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            said = str(error)
+        found[name] = said, same(before, preconditioner.state_dict()), sorted(preconditioner.layers)
     return found
 
 
@@ -119,6 +159,38 @@ def test_a_state_of_another_structure_is_refused(runs):
         assert "structure" in said
         assert unchanged
         assert world == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed"])
+def test_inverses_of_another_period_are_made_anew(runs, kind):
+    for found in (process["periods"][kind] for process in runs[1][2]):
+        torch.testing.assert_close(*found[::-1], rtol=1e-9, atol=1e-9)
+
+
+def test_each_process_loads_what_it_holds_or_none_does(runs):
+    for rank, found in enumerate(process["others"] for process in runs[1][2]):
+        for name in ("its own", "all of it"):
+            said, unchanged, held = found[name]
+            assert not said
+            assert not unchanged
+            assert held == found["its own"][2]
+        for name in ("the first one's", "a part", "a broken one"):
+            said, unchanged, _ = found[name]
+            assert unchanged
+            expected = {"the first one's": "lacks" if rank else "failed at", "a part": "lacks"}
+            assert expected.get(name, "steps is" if rank else "failed at") in said
+    assert not set(runs[1][2][0]["others"]["its own"][2]) & set(runs[1][2][1]["others"]["its own"][2])
+
+
+def test_sampled_targets_of_one_process_go_on():
+    """Their state is its generator's; that of several follows from the step."""
+    things = parts("none", {"estimator": "sampled"}, 1)
+    steps(*things, 0, 1, range(2))
+    others = parts("none", {"estimator": "sampled"}, 1)
+    for i in (1, 2):
+        others[i].load_state_dict(copy.deepcopy(things[i].state_dict()))
+    DistributedState(others[3]).load_state_dict(DistributedState(things[3]).state_dict())
+    assert same(*(steps(*those, 0, 1, range(2, 4)) for those in (things, others)))
 
 
 def test_what_is_stored_is_tensors_alone(runs, tmp_path):
