@@ -9,7 +9,7 @@ gradients of the true loss, are not: with random signs ε_n, E[ε_n ε_k] = 0, t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Empirical:
     """
 
     reduction: str = "mean"
-    grad_scaler: Any = None
+    grad_scaler: Any = field(default=None, repr=False)  # which has no name that another process would know
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):

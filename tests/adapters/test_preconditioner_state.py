@@ -81,6 +81,16 @@ def test_a_resumed_run_is_bitwise_the_run_without_a_stop(structure, estimator, o
         assert_same(dict(part.state_dict()), dict(expected.state_dict()))
 
 
+def test_a_state_with_a_grad_scaler_is_of_another_run_too():
+    """It does not name the scaler, which is another object there."""
+    one, other = (
+        preconditioned(network(4, 3), "empirical", grad_scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        for scale in (2.0, 4.0)
+    )
+    other.load_state_dict(one.state_dict())
+    assert other.estimator.grad_scaler is not one.estimator.grad_scaler
+
+
 def test_a_state_is_a_snapshot():
     """Later steps do not change it, nor does loading it twice."""
     run = Run("block-diagonal", "exact", OPTIMIZERS["SGD"]).go(range(3))
