@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def check_examples(mask: Tensor, examples: int) -> None:
 
 def counting(mask: Tensor) -> Tensor:
     """The examples of which any position counts (N,)."""
-    return mask.reshape(len(mask), -1).any(1)
+    return mask.reshape(len(mask), prod(mask.shape[1:])).any(1)
 
 
 def mask_of_block(mask: Tensor | None, block: Block, seen: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from ._once import restore
 from ._parallel import BEGIN, facts_of, part_of, probe, problem_of
 from ._settings import check_choice, options_of, tensor_of
 from ._table import table_of
-from ._team import Team, group_of
+from ._team import Kept, Team, group_of
 from ._trained import Group, Trained
 
 
@@ -177,13 +177,14 @@ class KFAC(torch.optim.Optimizer):
         left = "defaults", "param_groups", "state", "_group"
         own = {name: value for name, value in vars(self).items() if name not in left}
         own["options"] = self.options._replace(generator=None)
-        return super().__getstate__() | own | {"generator": (str(generator.device), generator.get_state())}
+        own["group"], own["generator"] = Kept(self._group), (str(generator.device), generator.get_state())
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, drawn = state.pop("generator")
         generator = torch.Generator(device)
         generator.set_state(drawn)
-        state["_group"] = group_of(state["model"], None)
+        state["_group"] = group_of(state["model"], state.pop("group").group)
         super().__setstate__(state | {"options": state["options"]._replace(generator=generator)})
 
     def state_dict(self) -> dict[str, Any]:

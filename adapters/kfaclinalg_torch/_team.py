@@ -115,12 +115,45 @@ class Team:
 ALONE = Team()
 
 
+class Kept:
+    """The process group of an object that is copied: a copy has it too, and what is unpickled has none."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
+
+
 def group_of(model: nn.Module, given: Any) -> Any:
-    """The process group that trains a model: the given one, DistributedDataParallel's, or else the default one."""
+    """The process group that trains a model: the given one, DistributedDataParallel's, or else the default one.
+
+    Raises:
+        TypeError, ValueError: no group, or one that this process is not in.
+    """
     if not is_running():
         return None
+    if given == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group is one that this process is not in, expected one of its own")
+    if not isinstance(given, distributed.ProcessGroup | None):
+        raise TypeError(f"group is {given!r}, expected one of torch.distributed.new_group, or None")
     while given is None and model is not None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             given = model.process_group
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # type: ignore[assignment]
     return distributed.group.WORLD if given is None else given
+
+
+def check_graph(model: nn.Module) -> None:
+    """A ValueError where DistributedDataParallel would take the first backward pass of `update` for the loss's own."""
+    model = getattr(model, "_orig_mod", model)
+    seen = getattr(model, "_static_graph_delay_allreduce_enqueued", False)
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph and not seen:
+        raise ValueError(
+            "model is DistributedDataParallel with static_graph=True, which averages the gradients in the first "
+            "backward pass that it sees, that of update(): expected static_graph=False, or a backward pass of the loss "
+            "before the preconditioner is made"
+        )

@@ -1,10 +1,12 @@
 """Algorithm 2 in several processes is Algorithm 2 in one, on all of their examples."""
 
+import copy
+
 import pytest
 import torch
 from test_distributed_agreement import same
 from together import N, batch_of, model_of, spawned, wrapped
-from torch import nn
+from torch import distributed, nn
 
 from kfaclinalg import BlockDiagonal, Exact, Factored, Kronecker, LayerFactors, LowRank
 from kfaclinalg_torch import KFAC, _divided
@@ -25,12 +27,15 @@ OPTIONS = {
     "beside a chain": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
     "chunks": {"chunk_size": 2, "statistics_fraction": 0.5, "curvature_fraction": 0.5},
     "uneven": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
+    "uneven, masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
 }
 
 
 def trained(name, rank=0, world=1, seed=3, steps=5):
     """The weights and what happened in each step, three γ in two of them; the seeds of the processes differ."""
-    parts = UNEVEN if name == "uneven" else PARTS
+    parts = UNEVEN if "uneven" in name else PARTS
+    counts = torch.ones(N, dtype=torch.bool)
+    counts[3:6] = "masked" not in name
     model = model_of()
     if name == "block-tridiagonal":  # the others have a normalisation beside it
         model = nn.Sequential(model[0], model[2], model[3], model[4], model[5])
@@ -39,8 +44,8 @@ def trained(name, rank=0, world=1, seed=3, steps=5):
     optimizer = KFAC(model, "categorical", damping=0.1, generator=generator, **periods, **OPTIONS[name])
     infos = []
     for step in range(steps):
-        x, y = (t.split(parts[world])[rank] for t in batch_of(step))
-        optimizer.step(x, y)
+        x, y, mask = (t.split(parts[world])[rank] for t in (*batch_of(step), counts))
+        optimizer.step(x, y, mask=mask if "masked" in name else None)
         infos.append([getattr(optimizer.info, key) for key in ("loss", "damping", "gamma", "alpha", "mu", "ratio")])
         assert not optimizer.info.refused
     return {key: p.detach().clone() for key, p in model.named_parameters()}, torch.tensor(infos, dtype=torch.float64)
@@ -118,11 +123,24 @@ def sharded(world):
         return str(error)
 
 
+def grouped(rank):
+    """Two of three processes: the group of a copy, and what is said of a group that is none, or another's."""
+    group, said = distributed.new_group([0, 1]), []
+    for given in ("a name", group):
+        try:
+            optimizer = KFAC(model_of(), "categorical", group=given)
+        except (TypeError, ValueError) as error:
+            said.append(str(error))
+    copies = [] if rank == 2 else [copy.copy(optimizer), copy.deepcopy(optimizer)]
+    return said, [distributed.get_process_group_ranks(one._group) for one in copies]
+
+
 def run(rank, world):
     pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
     found = {name: trained(name, rank, world) for name in OPTIONS}
     if world == 3:
         found["refused"], found["sharded"] = refused(rank), sharded(world)
+        found["grouped"] = grouped(rank)
         found["nan"], found["error"] = (spoilt(rank, failure) for failure in (nothing_left, too_much))
         found["made"] = made_by(rank, Factored())
         _divided.PAYS = pays
@@ -185,6 +203,13 @@ def test_the_shapes_say_whether_an_inverse_is_shared(d, pays):
 
 def test_a_sharded_model_is_refused_with_what_takes_it(processes):
     assert all("KFACPreconditioner takes those of fully_shard" in process["sharded"] for process in processes[3])
+
+
+def test_a_copy_has_the_processes_of_its_original(processes):
+    for rank, (said, copies) in enumerate(process["grouped"] for process in processes[3]):
+        assert "expected one of torch.distributed.new_group" in said[0]
+        assert copies == ([] if rank == 2 else [[0, 1]] * 2)
+        assert (rank == 2) == ("expected one of its own" in said[-1])
 
 
 def test_a_wrong_target_and_other_weights_are_everyones(processes):
