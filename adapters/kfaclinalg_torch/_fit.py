@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from operator import add
 from typing import Any
 
@@ -19,6 +20,7 @@ from ._layer import Layer
 from ._likelihoods import Likelihood
 from ._links import chained, cross_sums, means
 from ._masks import check_count
+from ._parallel import tell_gone
 from ._passes import Data, Passes
 from ._spectra import spectra_of
 from ._squares import squared_gradients
@@ -100,12 +102,17 @@ class _Kept(Statistic):
 
 def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple[Factors, int]:
     """A and G of each layer, and of how many examples they are the means."""
-    statistics: list[Statistic] = []  # of the blocks that show every example, and of the others
+    pieces = passes.pieces(loader)
     with passes.team.agreed("A and G"):
-        for piece in passes.pieces(loader):
-            if not statistics:  # what a first pass shows to be no layer
-                passes.settle(piece)
-                statistics = _statistics(passes, passes.apart(piece))
+        first = next(pieces)
+        passes.settle(first)
+    tell_gone(passes.trained, passes.team)
+    with passes.team.agreed("A and G"):
+        apart = {block.name for block in passes.apart(first)}
+    passes.put_apart(set().union(*passes.team.told(apart, "A and G")))
+    statistics = _statistics(passes, passes.apart(first))
+    with passes.team.agreed("A and G"):
+        for piece in chain([first], pieces):
             for part, blocks in passes.parts(piece, passes.trained.found.blocks):
                 passes.take(next(one for one in statistics if blocks[0] in one.all), part)
             for statistic in statistics:

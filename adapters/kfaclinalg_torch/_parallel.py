@@ -147,11 +147,16 @@ def facts_of(optimizer: Any, team: Team) -> dict[str, Any]:
 
 
 def probe(trained: Trained, team: Team, batch: Batch, tensor_of: Any) -> None:
-    """`Trained.probe`; what is no layer to one process is none to all."""
+    """`Trained.probe` of all processes."""
     if trained.probed:
         return
     with team.agreed("the first pass"):
         trained.probe(batch, tensor_of)
+    tell_gone(trained, team)
+
+
+def tell_gone(trained: Trained, team: Team) -> None:
+    """What a first pass has shown one process to be no layer is none to all."""
     gone = {name: why for some in team.told(dict(trained.gone), "the first pass") for name, why in some.items()}
     trained.without({layer: gone[layer.name] for layer in trained.layers if layer.name in gone})
 

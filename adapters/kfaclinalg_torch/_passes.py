@@ -158,6 +158,10 @@ class Passes:
             self._apart = {block for block, _ in one & two} | set(self.trained.found.entries)
         return self._apart
 
+    def put_apart(self, names: Iterable[str]) -> None:
+        """The blocks of these names are `apart`."""
+        self._apart = {block for block in self.trained.found.blocks if block.name in names}
+
     def parts(self, piece: Batch, blocks: Iterable[Block]) -> Iterator[tuple[Batch, list[Block]]]:
         """The piece, with the blocks that show its examples; then each example alone, with the others."""
         apart, blocks = self.apart(piece), list(blocks)

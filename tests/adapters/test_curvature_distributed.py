@@ -3,7 +3,7 @@
 import pytest
 import torch
 from curvature_cases import MODELS, Case, N
-from torch import distributed
+from torch import distributed, nn
 
 from kfaclinalg_torch import fit_curvature
 
@@ -26,6 +26,35 @@ def fitted(name, structure, estimator, rank=None):
     return {"F": [P.to_dense() for P in curvature.operator.blocks], "examples": curvature.examples}
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Branch(nn.Module):
+    """A layer that is none, which one process alone sees."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.odd, self.last = nn.Linear(4, 5), Doubled(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.one(x).tanh()
+        return self.last(self.odd(h).tanh() if x[0, 0] > 9 else h)
+
+
+def branched(rank=None):
+    """A and G of each layer, of all of the data or of a process's share."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 4, generator=generator).double(), torch.randint(3, (N,), generator=generator)
+    x[0, 0] = 10
+    x, y = (t if rank is None else t.split(SHARES)[rank] for t in (x, y))
+    loader = list(zip(x.split(5), y.split(5), strict=True))
+    curvature = fit_curvature(Branch().double(), "categorical", loader, progress=False)
+    return {name: [M.diagonal().clone() for M in pair] for name, pair in curvature.layers.items()}
+
+
 def one_process(rank, world, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -35,6 +64,7 @@ def one_process(rank, world, folder):
             fitted("mlp", "block-tridiagonal", "exact", rank)
         except ValueError as error:
             found["refused"] = str(error)
+        found["branched"] = branched(rank)
         case = Case("mlp")
         try:
             fit_curvature(case.model, "categorical", [] if rank == 1 else case.loader(), progress=False)
@@ -60,6 +90,12 @@ def test_two_processes_give_what_one_gives_on_all_of_the_data(processes, fit):
         for F, one in zip(process[repr(fit)]["F"], expected["F"], strict=True):
             assert float((F - one).abs().max()) <= 1e-12 * float(one.abs().max())
     assert all(map(torch.equal, processes[0][repr(fit)]["F"], processes[1][repr(fit)]["F"]))
+
+
+def test_what_is_no_layer_to_one_process_is_none_to_all(processes):
+    for found in (process["branched"] for process in processes):
+        assert {"odd.weight", "odd.bias"} < found.keys()
+        torch.testing.assert_close(found, branched(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_chain_in_several_processes_is_refused(processes):
