@@ -46,9 +46,10 @@ class Ahead:
     def undone(self, statistic: Any) -> None:
         """A step was not taken: the statistic is whole again, and nothing leaves early any more."""
         if statistic.early is not None:
-            statistic.early, self.team = None, None
+            statistic.early = None
             for block, sums in statistic.left.items():
                 whole = sums.whole()
                 statistic.add_sums(block, whole.A, whole.rows, whole.G)
             statistic.left = {}
+        self.team = None  # whether or not this process had sent any
         self.forget()

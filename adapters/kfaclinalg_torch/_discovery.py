@@ -102,6 +102,8 @@ def found(model: nn.Module, skip: Sequence[str], table: Mapping[type, Rule], fal
     sites: dict[nn.Module, Site] = {}
     inside: set[nn.Module] = set()  # what a rule of the module around it takes
     for name, module in modules.items():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(f"{name!r} is a FullyShardedDataParallel, of flat parameters: expected fully_shard")
         rule = None if module in inside else rule_of(module, table)
         parts = [module, *(rule.inside(module) if rule else ())]
         own = [p for part in parts for p in part.parameters(recurse=False) if p.requires_grad]

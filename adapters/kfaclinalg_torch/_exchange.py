@@ -12,12 +12,13 @@ from kfaclinalg import KroneckerEigen
 
 from ._ahead import Ahead
 from ._checkpoint import KIND
+from ._estimators import Empirical
 from ._grid import Duties, Grid, grid_of, subgroup
 from ._inverses import Inverses
 from ._layer import Layer
 from ._payload import closed, delivered, opened, template
 from ._shards import Sharded, Whole
-from ._team import Team, group_of
+from ._team import Team, check_graph, group_of
 from ._wire import sent
 
 WHAT = "the inverses"
@@ -167,7 +168,7 @@ class Exchange:
 
 
 def exchange_of(
-    model: nn.Module, layers: Sequence[Layer], mesh: Any, placement: Any, group: Any, dtypes: Any, structure: Any
+    model: nn.Module, layers: Sequence[Layer], mesh: Any, placement: Any, group: Any, dtypes: Any, p: Any
 ) -> Exchange | None:
     """That of a model's processes; None where there is but one, and its parameters are whole."""
     device = layers[0].parameters[0].device
@@ -178,10 +179,12 @@ def exchange_of(
     else:
         team = subgroup(Team(distributed.group.WORLD, device), mesh.mesh.flatten().tolist())
     grid = grid_of(placement, team, mesh)
-    if structure.linked and not grid.replicated:
-        raise ValueError(f"structure {structure!r} links all layers: expected placement 'replicated' with it")
+    if p.structure.linked and not grid.replicated:
+        raise ValueError(f"structure {p.structure!r} links all layers: expected placement 'replicated' with it")
     if team.size == 1 and mesh is None:
         return None
+    if not isinstance(p.estimator, Empirical):
+        check_graph(model)
     return Exchange(grid, Whole(grid) if mesh is None else Sharded(grid), layers, dtypes)
 
 

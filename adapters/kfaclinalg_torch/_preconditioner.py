@@ -127,7 +127,7 @@ class KFACPreconditioner(Seen, Controlled):
         self.factor_dtype = dtype_of(factor_dtype, known.layers)
         check_choice("wire_dtype", wire_dtype, (None, torch.bfloat16, torch.float32, torch.float64))
         dtypes = self.factor_dtype, wire_dtype or self.factor_dtype
-        self._exchange = exchange_of(wrapper, known.layers, mesh, placement, group, dtypes, self.structure)
+        self._exchange = exchange_of(wrapper, known.layers, mesh, placement, group, dtypes, self)
         self._seed = self._exchange.common_seed(self.generator) if self._exchange else 0
         self._estimate = Estimate(
             model,

@@ -126,21 +126,21 @@ def mesh_of(model: nn.Module) -> Any:
 
     held = {p for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
     meshes = {p.device_mesh for p in sharded.values()}
+    for name, p in sharded.items():
+        placements: Any = p.placements  # type: ignore[attr-defined]
+        whole_first = all(one.is_replicate() for one in placements[:-1])
+        if p not in held or type(placements[-1]).__name__ != "Shard" or not whole_first or len(placements) > 2:
+            raise ValueError(
+                f"{name!r} is a DTensor with placements {tuple(placements)}, expected those of fully_shard over one "
+                "dimension, or two of which the first replicates: a tensor-parallel layer shows each process a part of "
+                "its inputs or outputs alone, of which neither A nor G can be made"
+            )
     whole = [name for name, p in model.named_parameters() if name not in sharded and p.requires_grad]
     if whole or len(meshes) > 1:
         raise ValueError(
             f"{whole or len(meshes)} beside sharded parameters of one mesh, expected one fully_shard of all"
         )
     mesh = meshes.pop()
-    for name, p in sharded.items():
-        placements: Any = p.placements  # type: ignore[attr-defined]
-        whole_first = all(one.is_replicate() for one in placements[:-1])
-        if p not in held or type(placements[-1]).__name__ != "Shard" or not whole_first or mesh.ndim > 2:
-            raise ValueError(
-                f"{name!r} is a DTensor with placements {tuple(placements)}, expected those of fully_shard over one "
-                "dimension, or two of which the first replicates: a tensor-parallel layer shows each process a part of "
-                "its inputs or outputs alone, of which neither A nor G can be made"
-            )
     ranks = mesh.mesh.flatten().tolist()
     if ranks != sorted(ranks):
         raise ValueError(f"the mesh of the parameters has the processes {ranks}, expected them in ascending order")

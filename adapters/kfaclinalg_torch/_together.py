@@ -54,11 +54,12 @@ def _step(p: Any, exchange: Exchange) -> None:
     joined = exchange.joined or not estimate.due
     if estimate.due:
         exchange.ahead.leave(estimate.statistic, exchange.owners, exchange.wire)
-    with everyone.agreed(BEGIN, "the schedule", *FACTS) as facts:
+    with everyone.agreed(BEGIN, "the schedule", "the options", *FACTS) as facts:
         for owner in p._owners:
             owner.check("preconditioner")
         damping = p._damping()
         facts["the schedule"] = p._steps, estimate.due, p._period("inverse_period"), exchange.joined, repr(p.structure)
+        facts["the options"] = _options(p, exchange)
         if joined:
             ready = _begun(p, facts)
     if not joined:
@@ -72,6 +73,12 @@ def _step(p: Any, exchange: Exchange) -> None:
     if new is not None and p.structure.observes:
         _observe(p, exchange, new, damping)
     _write(p, exchange, ready)
+
+
+def _options(p: Any, exchange: Exchange) -> tuple[Any, ...]:
+    """What the weights would drift apart by, or what could not travel, where it is not the same in all processes."""
+    grid, numbers = exchange.grid, (p._damping(), p._decay, p._length())
+    return *numbers, p.estimator, exchange.dtype, exchange.wire, grid.replicated, grid.row.size
 
 
 def _begun(p: Any, facts: dict[str, Any]) -> list[Layer]:

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from together import SPLITS, batch_of, loss_of, model_of, spawned, whole, wrapped
+from together import SPLITS, N, batch_of, loss_of, model_of, spawned, whole, wrapped
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_leaves
 
 from kfaclinalg_torch import KFACPreconditioner
@@ -64,12 +64,18 @@ def met(kind, preconditioner, model, rank):
         preconditioner.damping = lambda step: {}["no such thing"]
     if kind == "another schedule" and rank == ODD:
         preconditioner.inverse_period = 3
+    if kind == "another damping" and rank == ODD:
+        preconditioner.damping = 0.2
+    if kind == "another length" and rank == ODD:
+        preconditioner.length = 1e-2
     if kind == "another step" and rank == ODD:
         preconditioner._steps += 1
     if kind == "no gradient" and rank == ODD:
         model[5].bias.requires_grad_(False)
     if kind == "another layer" and rank == ODD:
         model[5].weight = nn.Parameter(model[5].weight.detach())
+    if kind == "another wire" and rank == ODD:
+        preconditioner._exchange.wire = torch.float32
     if kind == "a failed inverse":
         poisoned(preconditioner, "3", -1e6)
         preconditioner._inverses.failures["3"] = 2
@@ -77,8 +83,9 @@ def met(kind, preconditioner, model, rank):
 
 
 KINDS = ["an exception", "another schedule", "another step", "no gradient", "another layer", "a failed inverse"]
+KINDS += ["another damping", "another length", "another wire", "no statistic"]
 MET = [("ddp", kind) for kind in KINDS]
-MET += [("fsdp", kind) for kind in KINDS if kind not in ("no gradient", "another layer")]  # of these it has a word too
+MET += [("fsdp", kind) for kind in KINDS[:6] if kind not in ("no gradient", "another layer")]  # it has a word too
 
 
 def agreement(rank, world):
@@ -87,12 +94,15 @@ def agreement(rank, world):
         model = model_of()
         called = wrapped(model, wrapper, world)
         preconditioner = made(called, placement="owner")
+        if kind == "no statistic" and rank == ODD:  # in the second step
+            preconditioner.statistics_period = 2
         passed(called, preconditioner, rank)
         preconditioner.step()
         model.zero_grad()
         passed(called, preconditioner, rank, seed=1)
         met(kind, preconditioner, model, rank)
         found[f"{wrapper} {kind}"] = raised(model, preconditioner)
+        assert preconditioner._exchange.ahead.team is None  # what leaves early does so in all processes
     found["nan"] = not_finite(rank)
     found["layers"] = other_layers(rank)
     found["halves"] = half_precision(rank)
@@ -101,8 +111,10 @@ def agreement(rank, world):
     found["checkpointed"] = checkpointed(rank, world)
     found["compiled"] = compiled(rank, world)
     found["mixed"] = mixed(rank, world)
+    found["convolutions"] = {kind: convolutions(rank, world, kind) for kind in ("ddp", "fsdp")}
+    found["static graph"] = static_graph(rank)
+    found["tensor parallel"], found["flat"] = tensor_parallel(world), flat_parameters(rank)
     found["subgroup"] = subgroup(rank)
-    found["tensor parallel"] = tensor_parallel(world)
     return found
 
 
@@ -226,6 +238,35 @@ def checkpointed(rank, world):
     return found
 
 
+class Convolutions(nn.Module):
+    """An embedding, convolutions with groups and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.plain, self.head = nn.Embedding(7, 4), nn.Conv1d(4, 4, 3), nn.Linear(2, 3)
+        self.grouped, self.transposed = nn.Conv1d(4, 4, 2, groups=2), nn.ConvTranspose1d(4, 2, 2)
+
+    def forward(self, tokens):
+        x = self.plain(self.embedding(tokens).mT).tanh()
+        return self.head(self.transposed(self.grouped(x).tanh()).tanh().mean(2))
+
+
+def convolutions(rank, world, kind="none", split="uneven"):
+    """A step of which the moments of a layer are taken in other ways by who has fewer examples."""
+    torch.manual_seed(0)
+    model, tokens = Convolutions().double(), torch.randint(7, (N, 5))
+    called = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+    if kind == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    preconditioner = made(called)
+    x, y = (t.split(SPLITS[WORLD][split] if world > 1 else N)[rank] for t in (tokens, batch_of(0)[1]))
+    outputs = called(x)
+    preconditioner.update(outputs)
+    loss_of(outputs, y, world).backward()
+    preconditioner.step()
+    return {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+
+
 def mixed(rank, world):
     """Parameters in bfloat16 for the passes, A, G and the inverses in float32."""
     model = model_of(torch.float32)
@@ -253,14 +294,44 @@ def subgroup(rank):
     return model[3].weight.grad.clone()
 
 
+def static_graph(rank):
+    """What is said of a wrapper that has seen no backward pass yet, and a step of one that has."""
+    model, said = model_of(), ""
+    called = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    try:
+        made(called)
+    except ValueError as error:
+        said = str(error)
+    called(batch_of(0)[0]).sum().backward()
+    model.zero_grad()
+    preconditioner = made(called)
+    passed(called, preconditioner, rank)
+    preconditioner.step()
+    return said, model[3].weight.grad.clone()
+
+
 def tensor_parallel(world):
+    """What is said of a layer in parts, alone and under fully_shard."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = parallelize_module(model_of(), init_device_mesh("cpu", (world,)), {"3": ColwiseParallel()})
-    for p in model.parameters():
-        p.requires_grad_(hasattr(p, "device_mesh"))
+    said = []
+    for sharded in (False, True):
+        mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
+        model = parallelize_module(model_of(), mesh["tensor"], {"3": ColwiseParallel()})
+        if sharded:
+            fully_shard(model, mesh=mesh["data"])
+        for p in model.parameters():
+            p.requires_grad_(hasattr(p, "device_mesh"))
+        try:
+            made(model)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def flat_parameters(rank):
     try:
-        made(model)
+        made(FullyShardedDataParallel(model_of(), device_id=torch.device("cpu")))
     except ValueError as error:
         return str(error)
 
@@ -274,6 +345,8 @@ SAID = {
     "an exception": ("no such thing", "process 1 of 3 failed at the start of a step"),
     "another schedule": ("the processes differ in the schedule",) * 2,
     "another step": ("the processes differ in the schedule",) * 2,
+    "no statistic": ("the processes differ in the schedule",) * 2,
+    **{f"another {option}": ("the processes differ in the options",) * 2 for option in ("damping", "length", "wire")},
     "no gradient": ("the processes differ in the layers with gradients",) * 2,
     "another layer": ("was replaced since", "process 1 of 3 failed at the start of a step"),
     "a failed inverse": ("failed at the inverses",) * 2,
@@ -327,6 +400,13 @@ def test_compiled_models_are_the_same(processes):
             torch.testing.assert_close(gradient, found["accumulated"]["ddp 1"], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_convolutions_and_embeddings_in_parallel_are_those_of_one_process(processes, kind):
+    expected = convolutions(0, 1)
+    for found in (process["convolutions"][kind] for process in processes):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_mixed_precision_of_fully_shard(processes):
     for dtypes, gradient in (process["mixed"] for process in processes):
         assert dtypes <= {"torch.float32"}
@@ -338,7 +418,19 @@ def test_only_the_processes_of_its_group_take_part(processes):
     assert torch.equal(processes[0]["subgroup"], processes[2]["subgroup"])
 
 
+def test_a_static_graph_is_not_that_of_update(processes):
+    for said, gradient in (process["static graph"] for process in processes):
+        assert "expected static_graph=False, or a backward pass" in said
+        torch.testing.assert_close(gradient, processes[0]["accumulated"]["ddp 1"], rtol=1e-9, atol=1e-9)
+
+
 def test_tensor_parallel_layers_are_refused_with_the_reason(processes):
-    assert all(
-        "shows each process a part of its inputs or outputs alone" in found["tensor parallel"] for found in processes
-    )
+    for found in processes:
+        assert len(found["tensor parallel"]) == 2
+        assert all(
+            "shows each process a part of its inputs or outputs alone" in said for said in found["tensor parallel"]
+        )
+
+
+def test_flat_parameters_are_refused(processes):
+    assert all("expected fully_shard" in found["flat"] for found in processes)
