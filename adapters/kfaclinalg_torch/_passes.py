@@ -61,7 +61,6 @@ class Passes:
             raise TypeError(f"mask is a {type(mask).__name__}, expected a function of the model's inputs or None")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size is {chunk_size!r}, expected an integer >= 1 or None")
-        check_generator(generator)
         self.estimator, self.structure = values_of(estimator, structure, {})
         self.likelihood: Likelihood = likelihood_of(likelihood)
         group, self.model = group_of(model, None), unwrapped(model)
