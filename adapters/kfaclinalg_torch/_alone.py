@@ -26,8 +26,8 @@ def step_alone(p: Any) -> None:
         raise nothing(p)
     if not gradients:
         warnings.warn("no parameter has a gradient in step(): call it after loss.backward()", stacklevel=3)
-    elif not shown:
-        _check(gradients, estimate.capture.left)
+    elif not shown:  # a statistic may be taken without a loss
+        _check(gradients, p._left)
     new = estimate.average(gradients, inverses, p._decay) if shown else None
     averages = estimate.averages.of(p._layers)
     if new is not None:
@@ -37,7 +37,7 @@ def step_alone(p: Any) -> None:
     if new is not None:
         inverses.observe(estimate.statistic, new, scale, p._decay, damping)
     precondition(p._layers, inverses, estimate.training, p.factor_dtype, length, clip, p._steps)
-    estimate.capture.left = [(ref(g), g._version) for g in gradients]
+    p._left = [(ref(g), g._version) for g in gradients]
 
 
 def nothing(p: Any) -> RuntimeError:

@@ -52,7 +52,6 @@ class Capture:
         self.paused = self.removed = self.idle = False  # idle: a rule's forward would show what nobody keeps
         self.always = always  # whether a rule's forward takes the place of the module's in passes that show nothing
         self.now = Pass(0, 0)
-        self.left: list[Any] = []  # the gradients, and their versions, as a step left them
         self.trusted: set[nn.Module] = set()
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._replaced = []

@@ -39,6 +39,7 @@ class Controlled:
         self.kl_clip, self.kl_lr = clip[0], 1.0 if clip[1] is None else clip[1]
         check_numbers(**vars(self))
         self._steps = 0
+        self._left: list[Any] = []  # the gradients, and their versions, as the last step left them
         self._periods: dict[str, int] = {}  # of "auto"
 
     def _count(

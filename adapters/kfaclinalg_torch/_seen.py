@@ -61,13 +61,13 @@ class Seen:
         Raises:
             ValueError: the estimator is "empirical", which takes the loss's own backward pass; a loss, or outputs of
                 a pass that was not seen.
-            RuntimeError: the loss's backward pass came before, or `remove`.
+            RuntimeError: the loss's backward pass came before, or `remove`; or this is a copy, which has no hooks.
         """
         if isinstance(self.estimator, Empirical):
             raise ValueError("estimator 'empirical' takes its statistics from loss.backward(): do not call update()")
         capture = self._estimate.capture
         if capture.removed:
-            raise RuntimeError("update() comes after remove(), which took the hooks away: make a new preconditioner")
+            raise RuntimeError("update() after remove(), or of a copy, has no hooks: make a new preconditioner")
         if not capture.now.number and not capture.called:
             raise ValueError("update() got outputs of a pass that was not seen: call the model after this was made")
         self._estimate.update(outputs)

@@ -1,5 +1,6 @@
 """The errors of wrong options and of calls in a wrong order."""
 
+import copy
 import math
 import re
 
@@ -204,6 +205,15 @@ class TestUpdate:
         preconditioner = preconditioned(model, estimator)
         preconditioner.remove()
         with pytest.raises(RuntimeError, match=r"after remove\(\)"):
+            preconditioner.update(model(x))
+
+    def test_of_a_copy(self, estimator):
+        """The hooks stay with the original."""
+        model, (x, y) = network(4, 3), batch()
+        preconditioner = preconditioned(model, estimator)
+        one_step(model, preconditioner, x, y)
+        model, preconditioner = copy.deepcopy((model, preconditioner))
+        with pytest.raises(RuntimeError, match="or of a copy, has no hooks"):
             preconditioner.update(model(x))
 
     def test_after_an_input_was_changed_in_place(self, estimator):
