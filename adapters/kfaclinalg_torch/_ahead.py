@@ -32,7 +32,7 @@ class Ahead:
     def learn(self, statistic: Any) -> None:
         """From a statistic over all processes; they make their group together."""
         if self.team is self.all and statistic.steady:
-            self.team = subgroup(self.all, range(self.all.size))
+            self.team = subgroup([self.all.global_rank(rank) for rank in range(self.all.size)], self.all)
         self.names, self.updates = frozenset(statistic.shown), statistic.steady
 
     def leave(self, statistic: Any, owners: Mapping[str, int], wire: torch.dtype) -> None:

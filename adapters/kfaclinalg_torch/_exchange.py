@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from kfaclinalg import KroneckerEigen
 
@@ -177,7 +177,7 @@ def exchange_of(
     elif mesh.ndim == 1:
         team = Team(mesh.get_group(), device)
     else:
-        team = subgroup(Team(distributed.group.WORLD, device), mesh.mesh.flatten().tolist())
+        team = subgroup(mesh.mesh.flatten().tolist(), *(Team(mesh.get_group(dim), device) for dim in range(2)))
     grid = grid_of(placement, team, mesh)
     if p.structure.linked and not grid.replicated:
         raise ValueError(f"structure {p.structure!r} links all layers: expected placement 'replicated' with it")

@@ -67,7 +67,7 @@ def grid_of(placement: Any, team: Team, mesh: Any) -> Grid:
         return Grid(team, team, alone, False)
     first, own = team.rank - team.rank % columns, team.rank % columns
     ranks = range(first, first + columns), range(own, team.size, columns)
-    row, column = (subgroup(team, some) for some in ranks)
+    row, column = (subgroup([team.global_rank(rank) for rank in some], team) for some in ranks)
     return Grid(team, row, column, False)
 
 
@@ -108,7 +108,18 @@ def _sides(layer: Layer) -> Any:
     return (A.shape[-1], A.ndim == 1), (G.shape[-1], G.ndim == 1), prod(A.shape[:-2])
 
 
-def subgroup(team: Team, ranks: Sequence[int]) -> Team:
-    with team.waiting("a process group"):
-        group = distributed.new_group([team.global_rank(rank) for rank in ranks], use_local_synchronization=True)
-    return Team(group, team.device)
+def subgroup(ranks: Sequence[int], *teams: Team) -> Team:
+    """A new group of these processes of all; every member of the teams, which together link them, makes one.
+
+    torch names it by how many groups a process knows, and who has another name is waited for in vain: who knows fewer
+    than the others makes some of itself alone.
+    """
+    own, known = [distributed.get_rank()], distributed.distributed_c10d._world.pg_names
+    most = [len(known)]
+    for team in teams:
+        most = team.largest(most, "a process group")
+    with teams[0].waiting("a process group"):
+        while len(known) < most[0]:
+            distributed.new_group(own, use_local_synchronization=True)
+        group = distributed.new_group(list(ranks), use_local_synchronization=True)
+    return Team(group, teams[0].device)

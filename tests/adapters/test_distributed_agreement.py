@@ -112,9 +112,9 @@ def agreement(rank, world):
     found["compiled"] = compiled(rank, world)
     found["mixed"] = mixed(rank, world)
     found["convolutions"] = {kind: convolutions(rank, world, kind) for kind in ("ddp", "fsdp")}
-    found["static graph"] = static_graph(rank)
     found["tensor parallel"], found["flat"] = tensor_parallel(world), flat_parameters(rank)
     found["subgroup"] = subgroup(rank)
+    found["static graph"] = static_graph(rank)  # where a process knows of one group less
     return found
 
 
