@@ -42,12 +42,14 @@ class Team:
         """The sums over all processes; what came, where there is but one."""
         if self.size == 1:
             return tensors, counts
-        if tensors:
-            flat = torch.cat([t.flatten() for t in tensors])
+        tensors = list(tensors)
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            some = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            flat = torch.cat([tensors[i].flatten() for i in some])
             with self.waiting(what):
                 distributed.all_reduce(flat, group=self.group)
-            parts = flat.split([t.numel() for t in tensors])
-            tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+            for i, part in zip(some, flat.split([tensors[i].numel() for i in some]), strict=True):
+                tensors[i] = part.view(tensors[i].shape)
         numbers = torch.tensor(counts, dtype=torch.float64, device=self.device)
         if counts:
             with self.waiting(what):
