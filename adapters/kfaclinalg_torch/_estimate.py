@@ -21,7 +21,7 @@ from ._estimators import Empirical, signs
 from ._gather import gather, in_full_precision
 from ._inverses import Inverses
 from ._likelihoods import Likelihood, masked
-from ._masks import checked_mask_of
+from ._masks import checked_mask_of, mask_of
 from ._settings import tensor_of
 from ._statistics import Statistic
 from ._team import Team
@@ -127,7 +127,7 @@ class Estimate:
     _gather = in_full_precision(lambda self, *args: gather(self.statistic, *args))
 
     def _mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        return checked_mask_of(self.mask, args, kwargs)
+        return (checked_mask_of if self.team.size == 1 else mask_of)(self.mask, args, kwargs)  # a part may have none
 
     def _keeps(self, use: Use) -> bool:
         """Whether `update` needs it."""

@@ -121,7 +121,7 @@ class Masked:
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows = outputs[self.mask]
         if not len(rows):
-            return rows.sum()  # a piece of which nothing counts
+            return rows.sum(dtype=torch.float64)  # a piece of which nothing counts
         return self.likelihood.loss(rows, targets[self.mask]) * (len(rows) / self.examples)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -17,7 +17,7 @@ from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._divided import divided
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._masks import checked_mask_of
+from ._masks import mask_of
 from ._once import restore
 from ._parallel import BEGIN, facts_of, part_of, probe, problem_of
 from ._settings import check_choice, options_of, tensor_of
@@ -132,7 +132,7 @@ class KFAC(torch.optim.Optimizer):
             self._trained.check()
             batch = Batch(inputs, targets)
             given = batch.call(self.mask) if mask is None and self.mask is not None else mask
-            batch = Batch(inputs, targets, checked_mask_of(given, (), {}))
+            batch = Batch(inputs, targets, mask_of(given, (), {}))
             facts.update(facts_of(self, team))
         before, drawn = (self._state, self.info), self.options.generator.get_state()
         batch = part_of(team, batch, self.options.generator)

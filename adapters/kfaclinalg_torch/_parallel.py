@@ -13,6 +13,7 @@ from kfaclinalg import KFACOptions
 from ._batch import Batch
 from ._capture import Capture
 from ._likelihoods import masked
+from ._masks import check_count
 from ._network import Matrices
 from ._problem import NetworkProblem
 from ._team import ALONE, Team
@@ -46,10 +47,16 @@ class Part(Batch):
 
 
 def part_of(team: Team, batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch as a part of that of all processes, one after the other; the random numbers are the first one's."""
+    """The batch as a part of that of all processes, one after the other; the random numbers are the first one's.
+
+    Raises:
+        ValueError: of none a position counts.
+    """
+    told = team.told((len(batch), batch.counted), "the sizes of the parts")
+    check_count(sum(counted for _, counted in told))
     if team.size == 1:
         return batch
-    sizes = team.told(len(batch), "the sizes of the parts")
+    sizes = [size for size, _ in told]
     same_draws(team, generator, 0)
     part = Part(batch.inputs, batch.targets, batch.mask)
     part.where, part.whole = torch.arange(len(batch)) + sum(sizes[: team.rank]), sum(sizes)

@@ -62,7 +62,7 @@ def shared(
     N, model, added, left, once, twice, *rows = team.sums([], counts, "the counts of the statistics")[1]
     statistic.work = type(work)(model // team.size, added // team.size)
     statistic.steady = once // team.size if once * once == team.size * twice else 0
-    of = {block.name: r for block, r in zip(blocks, rows, strict=True) if r}
+    of = {block.name: r for block, r in zip(blocks, rows, strict=True) if r and N}
     statistic.shown = set(of)
     trips = [] if early is None else [early]
     if left or not trips:

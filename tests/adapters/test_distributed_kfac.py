@@ -28,6 +28,9 @@ OPTIONS = {
     "chunks": {"chunk_size": 2, "statistics_fraction": 0.5, "curvature_fraction": 0.5},
     "uneven": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
     "uneven, masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
+    "all masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.5},
+    "all masked, eigen": {"structure": "eigen", "estimator": "exact", "chunk_size": 2},
+    "all masked, block-tridiagonal": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
 }
 
 
@@ -35,9 +38,9 @@ def trained(name, rank=0, world=1, seed=3, steps=5):
     """The weights and what happened in each step, three γ in two of them; the seeds of the processes differ."""
     parts = UNEVEN if "uneven" in name else PARTS
     counts = torch.ones(N, dtype=torch.bool)
-    counts[3:6] = "masked" not in name
+    counts[slice(6, N) if "all masked" in name else slice(3, 6)] = False  # of the last process, and of others
     model = model_of()
-    if name == "block-tridiagonal":  # the others have a normalisation beside it
+    if name.endswith("block-tridiagonal"):  # the others have a normalisation beside it
         model = nn.Sequential(model[0], model[2], model[3], model[4], model[5])
     generator = torch.Generator().manual_seed(seed + rank)
     periods = {"inverse_period": 2, "gamma_period": 2}
@@ -49,6 +52,21 @@ def trained(name, rank=0, world=1, seed=3, steps=5):
         infos.append([getattr(optimizer.info, key) for key in ("loss", "damping", "gamma", "alpha", "mu", "ratio")])
         assert not optimizer.info.refused
     return {key: p.detach().clone() for key, p in model.named_parameters()}, torch.tensor(infos, dtype=torch.float64)
+
+
+def masked(rank, world):
+    """The losses of steps in float32 in which nothing of the last part counts, and the error of one without any."""
+    model, counts = model_of(torch.float32), torch.arange(N) < 8
+    optimizer = KFAC(model, "categorical", generator=torch.Generator().manual_seed(0))
+    x, y, mask = (t.split(PARTS[world])[rank] for t in (*batch_of(0, torch.float32), counts))
+    losses, drawn = [optimizer.step(x, y, mask=mask) for _ in range(4)], optimizer.options.generator.get_state()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        optimizer.step(x, y, mask=torch.zeros_like(mask))
+    except ValueError as error:
+        said = str(error)
+    after = [p.detach() for p in model.parameters()], optimizer.options.generator.get_state()
+    return losses, said, same((before, drawn), after)
 
 
 def refused(rank):
@@ -140,7 +158,7 @@ def run(rank, world):
     found = {name: trained(name, rank, world) for name in OPTIONS}
     if world == 3:
         found["refused"], found["sharded"] = refused(rank), sharded(world)
-        found["grouped"] = grouped(rank)
+        found["grouped"], found["masked"] = grouped(rank), masked(rank, world)
         found["nan"], found["error"] = (spoilt(rank, failure) for failure in (nothing_left, too_much))
         found["made"] = made_by(rank, Factored())
         _divided.PAYS = pays
@@ -162,6 +180,17 @@ def test_as_many_processes_as_there_are_take_the_step_of_one(processes, name, wo
         torch.testing.assert_close(happened, infos, rtol=1e-7, atol=1e-9, equal_nan=True)
         assert same(found, processes[world][0][name][0])  # to the last bit
         torch.testing.assert_close(happened, processes[world][0][name][1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_part_of_which_nothing_counts_adds_nothing(processes):
+    """In float32 too; where nothing of the whole counts, that is said as one process says it."""
+    losses, expected, _ = masked(0, 1)
+    assert losses[-1] < 0.7 * losses[0]
+    for found, said, unchanged in (process["masked"] for process in processes[3]):
+        assert found == processes[3][0]["masked"][0]
+        assert found == pytest.approx(losses, rel=1e-4)
+        assert said == expected == "mask counts no position"
+        assert unchanged
 
 
 def test_an_inverse_that_failed_is_refused_by_all(processes):
