@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -22,12 +23,7 @@ def step_alone(p: Any) -> None:
     damping, period, (length, clip) = p._damping(), p._period("inverse_period"), p._length()  # of which one may raise
     gradients = [x.grad for layer in p._layers for x in layer.parameters if x.grad is not None]
     scale, shown = estimate.scale, not estimate.statistic.empty
-    if not estimate.averages.taken and not shown:
-        raise nothing(p)
-    if not gradients:
-        warnings.warn("no parameter has a gradient in step(): call it after loss.backward()", stacklevel=3)
-    elif not shown:  # a statistic may be taken without a loss
-        _check(gradients, p._left)
+    check_calls(p, gradients, shown)
     new = estimate.average(gradients, inverses, p._decay) if shown else None
     averages = estimate.averages.of(p._layers)
     if new is not None:
@@ -37,7 +33,7 @@ def step_alone(p: Any) -> None:
     if new is not None:
         inverses.observe(estimate.statistic, new, scale, p._decay, damping)
     precondition(p._layers, inverses, estimate.training, p.factor_dtype, length, clip, p._steps)
-    p._left = [(ref(g), g._version) for g in gradients]
+    p._left = left_of(gradients)
 
 
 def nothing(p: Any) -> RuntimeError:
@@ -46,8 +42,21 @@ def nothing(p: Any) -> RuntimeError:
     return RuntimeError(f"nothing was captured before step(): call {missing} first, with gradients enabled")
 
 
-def _check(gradients: list[Tensor], left: list[Any]) -> None:
-    """A RuntimeError for the gradients that the last step has `left`."""
-    same = (g is then() and g._version == version for g, (then, version) in zip(gradients, left, strict=False))
-    if len(gradients) == len(left) and all(same):
+def left_of(gradients: Sequence[Tensor]) -> list[Any]:
+    """What `check_calls` knows them by."""
+    return [(ref(g), g._version) for g in gradients]
+
+
+def check_calls(p: Any, gradients: Sequence[Tensor], shown: bool) -> None:
+    """Whether a pass was `shown`, and the gradients are none that the last step has left, but for a statistic alone.
+
+    Raises:
+        RuntimeError: no pass was shown yet; no new one, and no new gradients.
+    """
+    if not p._estimate.averages.taken and not shown:
+        raise nothing(p)
+    if not gradients:
+        warnings.warn("no parameter has a gradient in step(): call it after loss.backward()", stacklevel=5)
+    same = (g is then() and g._version == version for g, (then, version) in zip(gradients, p._left, strict=False))
+    if gradients and not shown and len(gradients) == len(p._left) and all(same):
         raise RuntimeError("step() found the gradients as its last call has left them: call it after loss.backward()")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ._grid import Grid
+from ._layer import Layer
 from ._wire import Form, sent
 
 Holders = Mapping[Tensor, int | None]  #: by the parameters the place in a row of who has the inverse; None: all do
@@ -25,6 +26,10 @@ class Whole:
     def of(self, p: Tensor) -> Any:
         """What this process has of a gradient."""
         return p.grad
+
+    def there(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """What this process has of all gradients of these layers that there are."""
+        return [self.of(p) for layer in layers for p in layer.parameters if p.grad is not None]
 
     def fetched(self, holders: Holders) -> dict[Tensor, Tensor]:
         """The gradients that this process preconditions."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfaclinalg import Diagonal, Exact
 
-from ._alone import nothing
+from ._alone import check_calls, left_of, nothing
 from ._chain import ChainInverse
 from ._exchange import WHAT, Exchange
 from ._inverses import are_finite
@@ -57,6 +57,9 @@ def _step(p: Any, exchange: Exchange) -> None:
     with everyone.agreed(BEGIN, "the schedule", "the options", *FACTS) as facts:
         for owner in p._owners:
             owner.check("preconditioner")
+        statistic = estimate.statistic
+        shown = not statistic.empty or bool(statistic.updates or estimate.capture.empty)  # a batch without examples too
+        check_calls(p, exchange.gradients.there(p._layers), shown)
         damping = p._damping()
         facts["the schedule"] = p._steps, estimate.due, p._period("inverse_period"), exchange.joined, repr(p.structure)
         facts["the options"] = _options(p, exchange)
@@ -73,6 +76,7 @@ def _step(p: Any, exchange: Exchange) -> None:
     if new is not None and p.structure.observes:
         _observe(p, exchange, new, damping)
     _write(p, exchange, ready)
+    p._left = left_of(exchange.gradients.there(p._layers))
 
 
 def _options(p: Any, exchange: Exchange) -> tuple[Any, ...]:
@@ -111,7 +115,7 @@ def _averaged(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> dict[str, A
     statistic, scale = estimate.statistic, estimate.scale
     new = shared(statistic, scale, exchange.owners, exchange.wire, statistic.early)
     links = p._inverses.links(statistic, scale)
-    gradients = [exchange.gradients.of(x) for layer in ready for x in layer.parameters]
+    gradients = exchange.gradients.there(ready)
     sides: list[Any] = [M.d if isinstance(M, Diagonal) else M for pair in new.values() for M in pair]
     finite = all(are_finite([x for x in sides + gradients if x.numel()]))
     if exchange.grid.all.largest([not finite], "the statistics")[0]:

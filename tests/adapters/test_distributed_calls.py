@@ -1,0 +1,128 @@
+"""Calls in a wrong order are the same error in several processes as in one, in all of them and at the same step."""
+
+import warnings
+
+import pytest
+from test_distributed_agreement import made, same, seen
+from together import batch_of, loss_of, model_of, spawned, wrapped
+
+from kfaclinalg_torch import KFACPreconditioner
+
+WORLD = 2
+WRAPPERS = ("ddp", "fsdp")
+NOTHING = "nothing was captured before step(): call update(outputs) first"
+STALE = "step() found the gradients as its last call has left them"
+MISTAKES = {
+    "no update": NOTHING,
+    "update after the loss": "update(outputs) comes before loss.backward()",
+    "update twice": "update() got outputs of no pass that has shown a layer",
+    "step twice": STALE,
+    "step twice, of two": STALE,  # of which the second takes no statistic
+    "no loss": "no parameter has a gradient in step()",
+}
+
+
+def empirical(called, **options):
+    return KFACPreconditioner(called, estimator="empirical", damping=0.1, inverse_period=2, **options)
+
+
+def passed(called, preconditioner, rank, world, seed, mistake=""):
+    x, y = (t.chunk(world)[rank] for t in batch_of(seed))
+    outputs = called(x)
+    loss = loss_of(outputs, y, world)
+    if mistake == "update after the loss":
+        loss.backward()
+    if mistake != "no update" and (mistake != "no update in one" or rank):
+        preconditioner.update(outputs)
+    if mistake == "update twice":
+        preconditioner.update(outputs)
+    if mistake not in ("no loss", "update after the loss"):
+        loss.backward()
+
+
+def said_of(kind, mistake, rank, world):
+    """What is said, and whether what raises has changed nothing."""
+    model = model_of()
+    called = wrapped(model, kind, world) if world > 1 else model
+    preconditioner = made(called, statistics_period=2 if "of two" in mistake else 1)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        before = None
+        try:
+            passed(called, preconditioner, rank, world, 0, mistake)
+            before = seen(preconditioner, model) if "update" in mistake else None
+            preconditioner.step()
+            if "step twice" in mistake:
+                before = seen(preconditioner, model)
+                preconditioner.step()
+        except (RuntimeError, ValueError) as error:
+            return str(error), before is None or same(before, seen(preconditioner, model))
+    return str(warned[-1].message) if warned else "", True
+
+
+def twice(kind, rank, world):
+    """A second step with the empirical estimator."""
+    model = model_of()
+    called = wrapped(model, kind, world) if world > 1 else model
+    preconditioner = empirical(called, statistics_period=1)
+    x, y = (t.chunk(world)[rank] for t in batch_of(0))
+    loss_of(called(x), y, world).backward()
+    preconditioner.step()
+    try:
+        preconditioner.step()
+    except RuntimeError as error:
+        return str(error)
+
+
+def in_order(kind, rank, world, zeroed):
+    """Steps between which gradients are kept, zeroed or taken away, each with new ones; how many there were."""
+    model = model_of()
+    called = wrapped(model, kind, world)
+    preconditioner = made(called, statistics_period=2)
+    for seed in range(4):
+        if zeroed != "kept":
+            model.zero_grad(set_to_none=zeroed == "taken away")
+        passed(called, preconditioner, rank, world, seed)
+        preconditioner.step()
+    return preconditioner._steps
+
+
+def run(rank, world):
+    found = {f"{kind} {mistake}": said_of(kind, mistake, rank, world) for kind in WRAPPERS for mistake in MISTAKES}
+    found["in one"] = said_of("ddp", "no update in one", rank, world)
+    for kind in WRAPPERS:
+        found[f"{kind} twice"] = twice(kind, rank, world)
+        found[f"{kind} in order"] = [in_order(kind, rank, world, how) for how in ("kept", "zeroed", "taken away")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return spawned(tmp_path_factory.mktemp("calls"), WORLD, run)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_mistake_is_that_of_one_process_in_all_of_them(processes, kind, mistake):
+    expected, _ = said_of(kind, mistake, 0, 1)
+    assert MISTAKES[mistake] in expected
+    for found in processes:
+        assert found[f"{kind} {mistake}"] == (expected, True)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_second_step_on_the_same_gradients_of_the_loss_s_own_statistics(processes, kind):
+    assert STALE in twice(kind, 0, 1)
+    assert all(STALE in found[f"{kind} twice"] for found in processes)
+
+
+def test_an_update_that_one_process_leaves_out_is_everyones_error(processes):
+    """In the first step, in which one process alone would have nothing to go on with."""
+    assert NOTHING in processes[0]["in one"][0]
+    assert "process 0 of 2 failed at the start of a step" in processes[1]["in one"][0]
+    assert all(found["in one"][1] for found in processes)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_new_gradients_are_taken_wherever_they_are_put(processes, kind):
+    assert all(found[f"{kind} in order"] == [4, 4, 4] for found in processes)
