@@ -172,6 +172,10 @@ def exchange_of(
 ) -> Exchange | None:
     """That of a model's processes; None where there is but one, and its parameters are whole."""
     device = layers[0].parameters[0].device
+    if mesh is not None and group is not None:
+        raise ValueError(
+            f"group would have no effect: the mesh of the parameters has the processes {mesh.mesh.tolist()}"
+        )
     if mesh is None:
         team = Team(group_of(model, group), device)
     elif mesh.ndim == 1:

@@ -70,7 +70,7 @@ class KFACPreconditioner(Seen, Controlled):
         placement: who holds A, G and the inverses: "replicated", all processes, "owner", one, or a fraction of them.
             "auto": "owner" under `fully_shard`, "replicated" else.
         wire_dtype: in which these travel: torch.bfloat16, for half the bytes. None: factor_dtype.
-        group: the processes. None: those of sharded parameters, of `DistributedDataParallel`, or all.
+        group: the processes of a model in no wrapper. None: those of sharded parameters, of DDP, or all.
         short: `samples`; `reduction` and `grad_scaler`; `exact_damping`, `rank` and `pi_norm`: the constants of an
             estimator or a structure that is given by its short form.
 

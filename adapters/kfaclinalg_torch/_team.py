@@ -131,10 +131,10 @@ class Kept:
 
 
 def group_of(model: nn.Module, given: Any) -> Any:
-    """The process group that trains a model: the given one, DistributedDataParallel's, or else the default one.
+    """The process group that trains a model: DistributedDataParallel's, the given one, or else the default one.
 
     Raises:
-        TypeError, ValueError: no group, or one that this process is not in.
+        TypeError, ValueError: no group, one that this process is not in, or other processes than the model's.
     """
     if not is_running():
         return None
@@ -142,11 +142,15 @@ def group_of(model: nn.Module, given: Any) -> Any:
         raise ValueError("group is one that this process is not in, expected one of its own")
     if not isinstance(given, distributed.ProcessGroup | None):
         raise TypeError(f"group is {given!r}, expected one of torch.distributed.new_group, or None")
-    while given is None and model is not None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            given = model.process_group
+    own = None
+    while own is None and model is not None:
+        own = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # type: ignore[assignment]
-    return distributed.group.WORLD if given is None else given
+    if given is not None and own is not None:
+        came, expected = (distributed.get_process_group_ranks(group) for group in (given, own))
+        if came != expected:
+            raise ValueError(f"group is of the processes {came}, expected {expected}, of DistributedDataParallel")
+    return next(group for group in (given, own, distributed.group.WORLD) if group is not None)
 
 
 def check_graph(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_distributed_agreement import made
 from together import SPLITS, alone, model_of, spawned, trained, wrapped
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -9,6 +10,12 @@ from torch.distributed.fsdp import fully_shard
 
 WORLD = 4
 STEPS = 4  # sums leave early from the third one on
+SAID = {
+    "ddp": "group is of the processes [0, 1, 3], expected [0, 1, 2, 3], of DistributedDataParallel",
+    "fsdp": "group would have no effect: the mesh of the parameters has the processes [0, 1, 2, 3]",
+    "hsdp": "group would have no effect: the mesh of the parameters has the processes [[0, 1], [2, 3]]",
+    "the same": "",
+}
 CASES = {"ddp": {"placement": "owner"}, "columns": {"placement": 0.5}, "hsdp": {}}
 
 
@@ -20,12 +27,25 @@ def part_of_a_mesh(rank):
     return found["weights"]
 
 
+def refused(rank, world):
+    """What is said of a group beside a wrapper, of which this process is one."""
+    groups, said = [distributed.new_group(ranks) for ranks in ([0, 1, 3], [1, 2, 3])], {}
+    for kind in SAID:
+        called, given = wrapped(model_of(), "ddp" if kind == "the same" else kind, world), groups[rank == 2]
+        try:
+            made(called, group=distributed.group.WORLD if kind == "the same" else given)
+            said[kind] = ""
+        except ValueError as error:
+            said[kind] = str(error).replace("[1, 2, 3], expected", "[0, 1, 3], expected")
+    return said
+
+
 def run(rank, world):
     for ranks in ([0, 1], [0, 2], [0, 3]):
         distributed.new_group(ranks)
     if rank == 3:
         distributed.new_group([3], use_local_synchronization=True)
-    found = {"mesh": part_of_a_mesh(rank)}
+    found = {"mesh": part_of_a_mesh(rank), "refused": refused(rank, world)}
     for kind, options in CASES.items():
         model = model_of()
         called = wrapped(model, "hsdp" if kind == "hsdp" else "ddp", world)
@@ -43,3 +63,8 @@ def test_processes_that_know_different_numbers_of_groups_train_together(processe
     expected = alone(2 if kind == "mesh" else WORLD, steps=STEPS)["weights"]
     for found in processes:
         torch.testing.assert_close(found[kind], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_group_beside_the_one_of_the_parameters_is_refused(processes, kind):
+    assert all(found["refused"][kind] == SAID[kind] for found in processes)
