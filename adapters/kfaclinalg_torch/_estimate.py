@@ -80,7 +80,7 @@ class Estimate:
         self._settle(outputs)
         uses, now = [use for use in self.capture.uses if use.block in self._blocks], self.capture.now
         parameters = {block.parameter: block.parameter for block in self.found.entries}
-        cotangents = self._cotangents(outputs)
+        cotangents = self._cotangents(outputs) if outputs.numel() else ()
         self._estimating = True
         try:
             reached = self._gather(uses, parameters, outputs, cotangents, now)
@@ -183,7 +183,7 @@ class Estimate:
     @in_full_precision
     def _signed(self, number: int, g: Tensor) -> None:
         """Σ ε_n ∂L_n/∂p, with a random sign for each example."""
-        if self._estimating or number not in self._ends:
+        if self._estimating or number not in self._ends or not g.numel():
             return
         outputs, of, entries = self._ends.pop(number)
         N = of.examples if of.examples and len(g) % of.examples == 0 else len(g)

@@ -91,12 +91,12 @@ def trained(called, model, split, rank, world, *, steps=3, order=slice(None), **
 
 
 @contextmanager
-def schedule_of(world):
+def schedule_of(world, model=model_of):
     """One process refreshes in the steps in which so many would."""
     before = _inverses.turns_of
 
     def turns(layers, period):
-        turns = Duties(KFACPreconditioner(model_of(), likelihood="categorical")._layers, world).turns(period)
+        turns = Duties(KFACPreconditioner(model(), likelihood="categorical")._layers, world).turns(period)
         return list(turns.values())
 
     _inverses.turns_of = turns
