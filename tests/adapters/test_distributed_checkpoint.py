@@ -10,7 +10,8 @@ from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from kfaclinalg_torch import DistributedState
+from kfaclinalg import LowRank
+from kfaclinalg_torch import DistributedState, Relative
 
 SAVED = 4
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
@@ -18,6 +19,8 @@ CASES = {
     "ddp owner": ("ddp", {"placement": "owner"}),
     "fsdp eigen": ("fsdp", {"structure": "eigen"}),
     "fsdp sampled": ("fsdp", {"estimator": "sampled"}),
+    "hsdp low rank": ("hsdp", {"structure": LowRank(2), "damping": Relative(0.1)}),
+    "ddp by substitution": ("ddp", {"placement": "owner", "inverse_period": 1}),
 }
 
 
@@ -41,6 +44,7 @@ def steps(called, model, optimizer, preconditioner, rank, world, seeds):
 def parts(kind, options, world):
     """What is trained, in as many processes as call; one process alone trains the model as it is."""
     model = model_of()
+    kind = "fsdp" if kind == "hsdp" and world != SAVED else kind
     called = wrapped(model, kind, world) if world > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     alone = {name: value for name, value in options.items() if world > 1 or name != "placement"}
