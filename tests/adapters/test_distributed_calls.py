@@ -5,6 +5,7 @@ import warnings
 import pytest
 from test_distributed_agreement import made, same, seen
 from together import batch_of, loss_of, model_of, spawned, wrapped
+from torch import nn
 
 from kfaclinalg_torch import KFACPreconditioner
 
@@ -77,7 +78,8 @@ def twice(kind, rank, world):
 def in_order(kind, rank, world, zeroed):
     """Steps between which gradients are kept, zeroed or taken away, each with new ones; how many there were."""
     model = model_of()
-    called = wrapped(model, kind, world)
+    views = {"gradient_as_bucket_view": True}  # which DistributedDataParallel itself writes to
+    called = nn.parallel.DistributedDataParallel(model, **views) if kind == "ddp" else wrapped(model, kind, world)
     preconditioner = made(called, statistics_period=2)
     for seed in range(4):
         if zeroed != "kept":
