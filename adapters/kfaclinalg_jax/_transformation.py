@@ -128,7 +128,7 @@ class Transformation:
     def _averaged(self, plan: Plan, old: Any, new: Any, takes: Any, taken: Any) -> Any:
         """ε = min(1 - 1/k, decay)."""
         bound = self.control.decay_over(plan.statistics_period)
-        epsilon = jnp.minimum(1 - 1 / jnp.maximum(taken, 1), bound)
+        epsilon = jnp.minimum(1 - 1 / jnp.maximum(taken, 1).astype(float), bound)
 
         def mixed() -> Any:
             pairs = zip(old, new, strict=True)

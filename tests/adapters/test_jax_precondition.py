@@ -107,6 +107,19 @@ def test_it_composes_and_compiles_once(compose):
     assert step._cache_size() == 1
 
 
+def test_the_weights_of_an_average_are_as_precise_as_what_they_weigh():
+    net, params, x, y = network()
+    tx = precondition(net, statistics_period=1, decay=0.6)
+    state, expected = tx.init(params), None
+    for i, epsilon in enumerate([0, 1 / 2, 0.6, 0.6]):
+        _, gradient, statistics = net.value_grad_and_statistics(params, (1 + i) * x, y, key=KEY)
+        _, state = tx.update(gradient, state, params, statistics=statistics)
+        new = statistics.moments["W"].A
+        expected = new if i == 0 else epsilon * expected + (1 - epsilon) * new
+    (found,) = [M.A[0] for M in state.averages if M.A.shape[-1] == len(expected)]
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
 def test_a_clip_to_nothing_leaves_a_gradient_of_zero():
     net, params, x, y = network()
     tx = precondition(net, 0.1, kl_clip=0.0)
