@@ -105,6 +105,15 @@ def periods(layers: Sequence[Layer], moments: Sequence[LayerFactors], structure:
     return {name: min(max(-(-2 * costs[name] // spare), low), high) for name, (low, high) in BOUNDS.items()}
 
 
+def of_length(U: Any, length: Any, stack: int) -> Any:
+    """Each U (layers, *stack, ...) with this root mean square; zero stays zero."""
+    axes = tuple(range(1 + stack, U.ndim))
+    largest = jnp.abs(U).max(axes, keepdims=True)  # squares may leave float32's range
+    scaled = U / jnp.where(largest == 0, 1.0, largest)
+    size = jnp.sqrt(jnp.square(scaled).mean(axes, keepdims=True))
+    return (scaled * (length / jnp.where(size == 0, 1.0, size))).astype(U.dtype)
+
+
 def turns(moments: Sequence[LayerFactors], period: int) -> list[int]:
     """The step of a period in which each layer is refreshed, so that the steps cost as much as each other."""
     costs, loads, slots = [cost(M) for M in moments], [0] * period, [0] * len(moments)

@@ -19,7 +19,9 @@ def divided(refresh: Refresh, axis_name: str | None, sharding: NamedSharding | N
     if sharding is None:
         return refresh
     spec = PartitionSpec(sharding.spec[0])
-    mapped = jax.shard_map(refresh, mesh=sharding.mesh, in_specs=spec, out_specs=spec)
+    here = jax.sharding.get_abstract_mesh()  # within an explicit mesh that of a program without its types
+    mesh = None if here.shape == sharding.mesh.shape else sharding.mesh
+    mapped = jax.shard_map(refresh, mesh=mesh, in_specs=spec, out_specs=spec)
     return lambda *args: _cut(mapped(*_padded(args, _size(sharding))), args)
 
 

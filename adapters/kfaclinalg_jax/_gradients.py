@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,22 @@ def gradient_of_rows(shown: Shown, layer: Layer, g: Mapping[Any, Any]) -> Any:
         return shown.slopes(layer, g).sum(layer.stack)[..., None]
     terms = [_of_use(shown, layer, use, g) for use in layer.uses]
     return sum(terms[1:], terms[0])
+
+
+def relative_errors(f: Callable[..., Any], traced: Any, params: Any, inputs: Any) -> dict[str, Any]:
+    """Of each layer's Σ g aᵀ, for a random cotangent of the outputs."""
+    leaves, tree = jax.tree.flatten(params)
+    outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, traced.probes(), has_aux=True)
+    _, expected = jax.vjp(lambda leaves: f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
+    cotangent = random_cotangent(outputs)
+    (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
+    shown, errors = Shown.of(traced, seen), {}
+    for layer in traced.assembly.layers:
+        if layer.kind != "entries":
+            came, true = gradient_of_rows(shown, layer, probes).ravel(), layer.matrix(gradient).ravel()
+            norm = jnp.linalg.norm(true)
+            errors[layer.name] = jnp.linalg.norm(came - true) / jnp.where(norm == 0, 1, norm)
+    return errors
 
 
 def random_cotangent(outputs: Any) -> Any:

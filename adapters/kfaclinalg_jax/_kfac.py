@@ -70,7 +70,7 @@ class KFAC:
 
     def init(self, params: Any) -> Run:
         """The state of a run without a step: λ, γ, and zeros. Of the parameters the shapes are all that counts."""
-
+        self.net.check_params(params)
         start = KFACState.start(self.options)._replace(iteration=jnp.asarray(0, jnp.int32))
 
         def first(params: Any, inputs: Any, key: Any) -> Any:
@@ -95,7 +95,7 @@ class KFAC:
             key: the source of the sampled targets and of the subsets.
 
         Raises:
-            ValueError: x and y do not fit.
+            TypeError, ValueError: x and y do not fit, or params and state.
         """
         if not isinstance(state, tuple) or len(state) != len(Run._fields):
             raise TypeError(f"state is a {type(state).__name__}, expected that of init(params) or of the last step")
@@ -114,6 +114,7 @@ class KFAC:
     def _iterate(
         self, params: Any, kfac: KFACState, batch: tuple[Any, Any, Any], schedule: Schedule, fraction: float
     ) -> tuple[Any, KFACState, StepInfo]:
+        self.net.check_params(params)
         problem = NetworkProblem(self.net, self.weights, batch, self.options, fraction, schedule.adapt)
         moved, kfac, info = kfac_iteration(problem, self.weights.of(params), kfac, self.options, schedule)
         return self.weights.params(moved), kfac, info

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from . import _versions as versions
 from ._estimators import Empirical, estimator_of
-from ._gradients import gradient_of_rows, random_cotangent
+from ._gradients import relative_errors
 from ._likelihoods import likelihood_of
 from ._moments import Shown
 from ._sharing import reduced_of
 from ._sites import cast, wide
 from ._statistics import Statistics, statistics_of
-from ._traced import Traced, example_axes, inputs_of, shape_of
+from ._traced import Examples, Traced, examples_in, inputs_of, shape_of
+from ._trees import check_leaves
 
 KEPT = ("moments", "rows")
 
@@ -84,8 +85,8 @@ class Network:
         self.estimator = estimator_of(estimator, self.likelihood)
         params, *inputs = jax.tree.map(shape_of, tuple(example))
         self.params, self.inputs = params, tuple(inputs)  # shapes
-        self._examples = example_axes(f, params, inputs)
-        self.example = Traced(f, params, inputs, self._examples)
+        self._examples = examples_in(f, params, inputs)
+        self.example = Traced(f, params, inputs, self._examples.axes)
         self.estimator.draws(self.example.outputs)  # which refuses outputs that it cannot take
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
         self.skipped = self.example.assembly.skipped
@@ -168,30 +169,29 @@ class Network:
         """The program for this batch.
 
         Raises:
-            ValueError: it has other layers than that of the example.
+            ValueError: it has other parameters or layers than that of the example.
         """
-        like = [jax.tree.leaves(jax.tree.map(shape_of, x)) for x in ((params, inputs), (self.params, self.inputs))]
-        same = like[0] == like[1]  # if not, other equations may be there
-        traced = Traced(self.f, params, inputs, self._examples if same else example_axes(self.f, params, inputs))
+        self.check_params(params)
+        traced = Traced(self.f, params, inputs, self.examples(params, inputs).axes)
         came, expected = (
             {layer.name: (layer.kind, layer.shape) for layer in t.assembly.layers} for t in (traced, self.example)
         )
         if came != expected:
             other = sorted(came.items() ^ expected.items())
-            raise ValueError(f"f has other layers at these params and inputs than at the example: {other}")
+            raise ValueError(
+                f"f has other layers at these params and inputs (N = {traced.N}) than at the example "
+                f"(N = {self.example.N}): {other}"
+            )
         return traced
 
+    def check_params(self, params: Any) -> None:
+        """Refuse others than those of the example."""
+        check_leaves("params", params, self.params, "the parameters of the network")
+
+    def examples(self, params: Any, inputs: Any) -> Examples:
+        """Which inputs and axes count the examples of this batch."""
+        like = [jax.tree.leaves(jax.tree.map(shape_of, x)) for x in ((params, inputs), (self.params, self.inputs))]
+        return self._examples if like[0] == like[1] else examples_in(self.f, params, inputs)
+
     def _errors(self, params: Any, inputs: Any) -> dict[str, Any]:
-        traced = self.traced(params, inputs)
-        leaves, tree = jax.tree.flatten(params)
-        outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, traced.probes(), has_aux=True)
-        _, expected = jax.vjp(lambda leaves: self.f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
-        cotangent = random_cotangent(outputs)
-        (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
-        shown, errors = Shown.of(traced, seen), {}
-        for layer in traced.assembly.layers:
-            if layer.kind != "entries":
-                came, true = gradient_of_rows(shown, layer, probes).ravel(), layer.matrix(gradient).ravel()
-                norm = jnp.linalg.norm(true)
-                errors[layer.name] = jnp.linalg.norm(came - true) / jnp.where(norm == 0, 1, norm)
-        return errors
+        return relative_errors(self.f, self.traced(params, inputs), params, inputs)

@@ -14,6 +14,7 @@ from ._moments import Rows
 from ._network import Network
 from ._sites import times, wide
 from ._traced import examples_of, inputs_of
+from ._trees import by_name
 
 Matrices = tuple[Any, ...]
 GAUSS = 0.5 - 12**-0.5, 0.5 + 12**-0.5  # the two points of [0, 1]
@@ -26,11 +27,12 @@ class Weights:
     def __init__(self, net: Network) -> None:
         traced = net.example
         self.layers, self.tree = traced.assembly.layers, jax.tree.structure(net.params)
-        self.leaves, self.dtype = traced.leaves, jnp.result_type(*traced.dtypes.values())
+        self.names, self.leaves, self.dtype = traced.names, traced.leaves, jnp.result_type(*traced.dtypes.values())
 
     def of(self, params: Any) -> Matrices:
         """The matrices of the parameters, or of what is shaped like them."""
-        leaves = jax.tree.leaves(params)
+        found = by_name(params)
+        leaves = [found[name] for name in self.names]
         return tuple(layer.matrix(leaves).astype(self.dtype) for layer in self.layers)
 
     def params(self, weights: Matrices) -> Any:
@@ -149,7 +151,13 @@ class NetworkProblem:
         if size == N:
             return self.inputs, self.targets
         chosen = jax.random.permutation(key, N)[:size]
-        return jax.tree.map(lambda x: x[chosen] if x.shape[:1] == (N,) else x, (self.inputs, self.targets))
+
+        def some(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[chosen] if x.shape[:1] == (N,) else x, tree)
+
+        counts = self.net.examples(self.net.params, self.inputs).inputs
+        inputs = tuple(some(x) if taken else x for x, taken in zip(self.inputs, counts, strict=True))
+        return inputs, some(self.targets)
 
 
 def _squares_of_rows(basis: Any, rows: Rows) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ from ._moments import Shown, factors
 from ._results import Path
 from ._run import Plan, run
 from ._sites import Site
+from ._trees import name_of
+
+
+class Examples(NamedTuple):
+    """Which inputs count the examples by their first dimension, and which axis of what an equation gives does."""
+
+    inputs: tuple[bool, ...]
+    axes: dict[Path, int]
 
 
 class Traced:
@@ -80,14 +89,6 @@ def shape_of(x: Any) -> Any:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), weak_type=weak)
 
 
-def name_of(path: Any) -> str:
-    """A path in a tree of parameters, its keys between dots; that of a Flax variable without the variable's own."""
-    keys = list(path)
-    while keys and getattr(keys[-1], "name", getattr(keys[-1], "key", None)) in ("value", "raw_value"):
-        keys.pop()
-    return str(jax.tree_util.keystr(tuple(keys or path), simple=True, separator="."))
-
-
 def _check(names: Sequence[str], leaves: Sequence[Any]) -> None:
     """What no gradient, or no name, is there for."""
     for name, leaf in zip(names, leaves, strict=True):
@@ -117,24 +118,38 @@ def examples_of(inputs: Sequence[Any]) -> int:
     return int(leaves[0].shape[0])
 
 
-def example_axes(f: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> dict[Path, int]:
-    """Which axis of what an equation gives counts the examples: the one that is twice as long for twice as many."""
+def examples_in(f: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Examples:
+    """Those that are twice as long, in f, for twice as many examples.
+
+    An input as long as there are examples may be another thing (the mean of a normalisation of so many channels): what
+    f does not take twice as long is none, or one of the other inputs is not.
+    """
     N = examples_of(inputs)
 
-    def at(times: int) -> Any:
-        def longer(x: Any) -> Any:
-            grows = len(x.shape) > 0 and x.shape[0] == N and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    def at(times: int, grow: Sequence[bool]) -> Any:
+        def longer(x: Any, grows: bool) -> Any:
+            grows = grows and _counts(x, N)
             return jax.ShapeDtypeStruct((times * N, *x.shape[1:]) if grows else x.shape, x.dtype)
 
-        return versions.traced(f, params, *jax.tree.map(longer, tuple(inputs)))[0].jaxpr
+        shapes = (jax.tree.map(partial(longer, grows=grows), x) for x, grows in zip(inputs, grow, strict=True))
+        return versions.traced(f, params, *shapes)[0].jaxpr
 
-    try:
-        once, twice = at(1), at(2)
-    except Exception:  # a function of one batch size, which may say so in its own way
-        return {}
-    found: dict[Path, int] = {}
-    _grow(once, twice, [False] * len(once.invars), N, (), found)
-    return found
+    able = [any(_counts(x, N) for x in jax.tree.leaves(of)) for of in inputs]
+    others = [i for i, counts in enumerate(able) if counts][1:]
+    for some in dict.fromkeys(((), *((i,) for i in others), tuple(others))):
+        grow = tuple(counts and i not in some for i, counts in enumerate(able))
+        try:
+            once, twice = at(1, grow), at(2, grow)
+        except Exception:
+            continue
+        found: dict[Path, int] = {}
+        _grow(once, twice, [False] * len(once.invars), N, (), found)
+        return Examples(grow, found)
+    return Examples(tuple(able), {})
+
+
+def _counts(x: Any, N: int) -> bool:
+    return bool(x.shape[:1] == (N,))
 
 
 def _grow(once: Any, twice: Any, mixed: list[bool], N: int, path: Path, found: dict[Path, int]) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 
 from kfaclinalg import Factors, KroneckerEigen, moving_average
 
-from ._control import Control, periods, turns
+from . import _versions as versions
+from ._control import Control, of_length, periods, turns
 from ._devices import divided
 from ._groups import Group, grouped
 from ._inverses import Inverse, are_finite, blank, observed, refreshed
 from ._network import Network
 from ._squares import mean_squares
 from ._statistics import Statistics
-from ._traced import name_of
+from ._trees import by_name, check_leaves, listed
 
 
 class PreconditionState(NamedTuple):
@@ -37,6 +39,8 @@ class Plan(NamedTuple):
     turns: list[int]
     statistics_period: int
     inverse_period: int
+    state: Any  # its shapes
+    of: str  # which parameters
 
 
 class Transformation:
@@ -44,6 +48,8 @@ class Transformation:
 
     def __init__(self, net: Network, control: Control, structure: Any) -> None:
         self.names, self.leaves, self.layers = net.example.names, net.example.leaves, net.example.assembly.layers
+        self.params, self.plans = net.params, dict[frozenset[str], Plan]()
+        self.rows = {layer.name for layer in self.layers if layer.has_rows}
         self.control, self.structure, self.axis_name = control, structure, net.axis_name
         self.moments, self.draws = net.example.moments(), net.estimator.draws(jax.tree.leaves(net.example.outputs)[0])
 
@@ -51,22 +57,31 @@ class Transformation:
         return iter((self.init, self.update))
 
     def plan(self, leaves: Mapping[str, Any]) -> Plan:
-        layers = [layer for layer in self.layers if all(self.names[i] in leaves for i in layer.leaves)]
-        moments = [self.moments[layer.name] for layer in layers]
-        chosen = periods(layers, moments, self.structure, self.draws)
-        of_statistics, of_inverses = (self.control.period(name, chosen) for name in chosen)
-        return Plan(grouped(layers, self.moments, self.leaves), turns(moments, of_inverses), of_statistics, of_inverses)
+        if (there := frozenset(leaves)) not in self.plans:
+            layers = [layer for layer in self.layers if all(self.names[i] in there for i in layer.leaves)]
+            moments = [self.moments[layer.name] for layer in layers]
+            chosen = periods(layers, moments, self.structure, self.draws)
+            of_statistics, of_inverses = (self.control.period(name, chosen) for name in chosen)
+            groups = grouped(layers, self.moments, self.leaves)
+            state = jax.eval_shape(self.zeros(groups))
+            without = listed([name for name in self.names if name not in there])
+            of = f"parameters without {without}, like the gradient" if without else "all parameters"
+            self.plans[there] = Plan(groups, turns(moments, of_inverses), of_statistics, of_inverses, state, of)
+        return self.plans[there]
 
-    def init(self, params: Any) -> PreconditionState:
-        groups = self.plan(_by_name(params)).groups
-
-        def zeros() -> PreconditionState:
+    def zeros(self, groups: list[Group]) -> Any:
+        def made() -> PreconditionState:
             averages = tuple(group.zeros() for group in groups)
             inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
             step, taken, rejected = (jnp.zeros((), jnp.int32) for _ in range(3))
             return PreconditionState(step, taken, rejected, averages, inverses)
 
-        return jax.jit(zeros)()  # one program, not one for each shape
+        return jax.jit(made)  # one program, not one for each shape
+
+    def init(self, params: Any) -> PreconditionState:
+        check_leaves("params", params, self.params, "parameters of the network", some=True)
+        state: PreconditionState = self.zeros(self.plan(by_name(params)).groups)()
+        return state
 
     def update(
         self,
@@ -77,10 +92,18 @@ class Transformation:
         statistics: Statistics | None = None,
         **others: Any,
     ) -> tuple[Any, PreconditionState]:
-        self._check(statistics)
         updates, state, statistics = jax.tree.map(jnp.asarray, (updates, state, statistics))  # of a pickle NumPy's
-        leaves = _by_name(updates)
-        plan, step = self.plan(leaves), state.step
+        check_leaves("the gradient", updates, self.params, "parameters of the network", some=True)
+        plan = self.plan(by_name(updates))
+        self._check(plan, state, statistics)
+
+        def like(spec: Any) -> Any:
+            return jax.tree.map(spec, (updates, state))
+
+        return versions.without_explicit_axes(partial(self._updated, plan), like, updates, state, statistics)
+
+    def _updated(self, plan: Plan, updates: Any, state: PreconditionState, statistics: Statistics | None) -> Any:
+        leaves, step = by_name(updates), state.step
         Vs = [group.gradients(leaves, self.names) for group in plan.groups]
         known = {self.names[i] for group in plan.groups for layer in group.layers for i in layer.leaves}
         others = {name: g for name, g in leaves.items() if name not in known}
@@ -107,17 +130,21 @@ class Transformation:
         Vs = [jnp.where(finite, V, 0.0) for V in Vs]
         found = {name: jnp.where(finite, g, jnp.zeros_like(g)) for name, g in others.items()}
         found |= self._applied(plan, leaves, Vs, inverses, step)
-        paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(updates))
-        updates = jax.tree.unflatten(jax.tree.structure(updates), [found[name_of(path)] for path in paths])
+        updates = jax.tree.unflatten(jax.tree.structure(updates), [found[name] for name in leaves])
         return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
 
-    def _check(self, statistics: Any) -> None:
-        if statistics is not None and not isinstance(statistics, Statistics):
+    def _check(self, plan: Plan, state: Any, statistics: Any) -> None:
+        if not isinstance(state, PreconditionState):
+            raise TypeError(f"state is a {type(state).__name__}, expected the PreconditionState of init(params)")
+        check_leaves("state", state, plan.state, f"that of init for {plan.of}", dtypes=True)
+        if statistics is None:
+            return
+        if not isinstance(statistics, Statistics):
             came = type(statistics).__name__
             raise TypeError(f"statistics is a {came}, expected the Statistics of Network.value_grad_and_statistics")
-        if statistics is not None and statistics.moments.keys() != self.moments.keys():
-            came, expected = (", ".join(sorted(of)) for of in (statistics.moments, self.moments))
-            raise ValueError(f"statistics are of the layers {came}, expected those of this network, {expected}")
+        check_leaves("statistics", statistics.moments, self.moments, "those of this network", dtypes=True)
+        if self.structure.observes and statistics.rows.keys() != self.rows:
+            raise ValueError("statistics have no rows, expected those of a Network(..., keep='rows')")
 
     def refresh(self, damping: Any) -> Any:
         def one(M: Any, old: Inverse, wanted: Any) -> Inverse:
@@ -171,16 +198,3 @@ class Transformation:
         length = lr**2 * agreement
         factor = jnp.where(length == 0, 1.0, jnp.minimum(1.0, jnp.sqrt(kappa / length)))
         return {name: (factor * u).astype(u.dtype) for name, u in found.items()}
-
-
-def of_length(U: Any, length: Any, stack: int) -> Any:
-    """Each U (layers, *stack, ...) with this root mean square; zero stays zero."""
-    axes = tuple(range(1 + stack, U.ndim))
-    largest = jnp.abs(U).max(axes, keepdims=True)  # squares may leave float32's range
-    scaled = U / jnp.where(largest == 0, 1.0, largest)
-    size = jnp.sqrt(jnp.square(scaled).mean(axes, keepdims=True))
-    return (scaled * (length / jnp.where(size == 0, 1.0, size))).astype(U.dtype)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -24,9 +24,9 @@ def f(p, x):
 def run(make, place, wrap=lambda step: step):
     """Three steps from the same start."""
     normal = np.random.default_rng(0).normal
-    params = {"W": [0.5 * normal(size=(6, 6)) for _ in range(2)], "b": [np.zeros(6)] * 2}
-    params |= {"scale": np.ones(6), "shift": np.zeros(6), "V": normal(size=(6, 2)), "angle": np.ones(8)}
-    params, x, y = jax.tree.map(jnp.asarray, (params, normal(size=(8, 6)), np.arange(8) % 2))
+    params = {"W": [0.5 * normal(size=(4, 4)) for _ in range(2)], "b": [np.zeros(4)] * 2}
+    params |= {"scale": np.ones(4), "shift": np.zeros(4), "V": normal(size=(4, 2)), "angle": np.ones(8)}
+    params, x, y = jax.tree.map(jnp.asarray, (params, normal(size=(8, 4)), np.arange(8) % 2))
     net, tx = make(params, x)
     state = tx.init(params)
 
@@ -55,10 +55,10 @@ def maker(*, part=1, structure="block-diagonal", axis_name=None, **options):
 
 
 def on(mesh, split="none"):
-    """On a mesh, the parameter of the name `split` in parts."""
+    """On a mesh, the parameters with `split` in their names in parts."""
 
     def put(path, a, spec):
-        part = a.ndim == 1 and jax.tree_util.keystr(path).endswith(f"['{split}']")
+        part = jax.tree_util.keystr(path).startswith("[0]") and split in jax.tree_util.keystr(path)
         return jax.device_put(a, NamedSharding(mesh, SPLIT if part else spec))
 
     return lambda tree, spec: jax.tree_util.tree_map_with_path(partial(put, spec=spec), tree)
@@ -78,6 +78,9 @@ def main(devices, structure):
         with jax.set_mesh(explicit):
             found["explicit"] = run(maker(), on(explicit))
             found["explicit, a parameter in parts"] = run(maker(), on(explicit, "angle"))
+            found["explicit, all parameters in parts"] = run(
+                maker(inverse_sharding=NamedSharding(explicit, SPLIT)), on(explicit, "")
+            )
     for name, came in found.items():
         jax.tree.map(
             lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13, err_msg=name),

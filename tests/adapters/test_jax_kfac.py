@@ -1,6 +1,7 @@
 """Algorithm 2 in JAX: the steps of torch's optimizer, in whole programs."""
 
 import re
+from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 
@@ -200,6 +201,28 @@ def test_a_parameter_without_entries_stays_as_it_is():
     assert updates["none"].shape == (0, 3)
 
 
+def test_parameters_may_come_in_another_order():
+    x = jnp.asarray(X)
+    held = {"b": jnp.ones((8, 8)), "a": jnp.eye(8)}
+    kfac = KFAC(Network(lambda p, x: jnp.tanh(x @ p["b"]) @ p["a"], "gaussian", example=(held, x)), **WHOLE)
+    moved = [kfac.step(p, kfac.init(p), x, x, KEY)[0] for p in (held, OrderedDict(held))]
+    jax.tree.map(np.testing.assert_array_equal, *moved)
+
+
+@pytest.mark.parametrize("N", [8, 6])
+def test_a_subset_of_the_examples_leaves_what_counts_no_examples(N):
+    """An input as wide as there are examples too."""
+    x, shift, held = jnp.asarray(X)[:N], jnp.arange(8.0), params()
+    options = WHOLE | {"curvature_fraction": 0.5, "statistics_fraction": 0.5}
+    made = [
+        KFAC(Network(lambda p, x, s: f(p, x - s), "bernoulli", example=(held, x, shift)), **options),
+        KFAC(Network(lambda p, x: f(p, x - shift), "bernoulli", example=(held, x)), **options),
+    ]
+    inputs = (x, shift), x
+    moved = [k.step(held, k.init(held), given, x, KEY)[0] for k, given in zip(made, inputs, strict=True)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), *moved)
+
+
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
 def test_the_change_of_the_loss_is_exact_in_float32(size):
     """The difference of two passes has only the digits of h, and none of a change of 1e-5."""
@@ -250,6 +273,8 @@ def test_mistakes_are_refused():
         (lambda: KFAC(f), "net is a function, expected a Network"),
         (lambda: KFAC(net(), damping=-1), "damping is -1"),
         (lambda: KFAC(net(), lr=0.1), "unknown options lr, expected some of structure, damping, "),
+        (lambda: KFAC(net()).init(params()[:-1]), r"params lacks 2.0 \(\d+, \d+\), 2.1 \(\d+,\), expected the param"),
+        (lambda: KFAC(net()).step([*params(), 1.0], KFAC(net()).init(params()), x, x, KEY), r"params has 3 \(\), exp"),
         (lambda: KFAC(net()).step(params(), None, x, x, KEY), "state is a NoneType, expected that of init"),
         (lambda: KFAC(net(), chunk_size=3), "chunk_size is 3, expected None"),
         (lambda: KFAC(net(), structure="block-tridiagonal"), "expected one without links"),

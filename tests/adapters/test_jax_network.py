@@ -10,6 +10,7 @@ from jax import lax
 from kfaclinalg_jax import KFAC, Gaussian, Network, Sampled, layer
 
 KEY = jax.random.key(2)
+PLAIN = {"s": jnp.ones(3), "W": jnp.ones((3, 2))}
 
 
 def shortened(layers, expected):
@@ -180,8 +181,32 @@ def test_mistakes():
         with pytest.raises(TypeError, match="outputs are a tuple, expected an array"):
             net.value_grad_and_statistics(params, x, jnp.zeros(4, int), key=KEY)
     net = Network(f, "categorical", example=(params, x))
-    with pytest.raises(ValueError, match="other layers"):
-        net.value_grad_and_statistics({**params, "z": jnp.ones(1)}, x, jnp.zeros(4, int), key=KEY)
+    for other, match in (
+        ({**params, "z": jnp.ones(1)}, r"params has z \(1,\), expected the parameters of the network"),
+        ({"params": params}, r"params has params.V \(5, 2\), .* and lacks V \(5, 2\), "),
+        ({"W": params["W"]}, r"params lacks V \(5, 2\), b \(5,\), c \(2,\), expected"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            net.value_grad_and_statistics(other, x, jnp.zeros(4, int), key=KEY)
+    one = Network(lambda p, x: (x @ x.mT) @ x * p["s"] @ p["W"], "gaussian", example=(PLAIN, jnp.ones((1, 2, 3))))
+    with pytest.raises(ValueError, match=r"other layers at .* \(N = 4\) than at the example \(N = 1\): .*'s'"):
+        one.value_grad_and_statistics(PLAIN, jnp.ones((4, 2, 3)), jnp.zeros((4, 2, 2)), key=KEY)
+
+
+@pytest.mark.parametrize("N", [3, 4])
+@pytest.mark.parametrize("last", [False, True])
+def test_an_input_may_be_as_long_as_there_are_examples(N, last):
+    """The mean of a normalisation is no example where there are as many channels."""
+    x, mean, weight = jax.random.normal(KEY, (N, 3)), jnp.ones(3), jnp.ones((N, 1))
+
+    def f(p, x, first, second):
+        mean, weight = (second, first) if last else (first, second)
+        return jnp.tanh((x - mean) * weight * p["s"]) @ p["W"]
+
+    inputs = (x, weight, mean) if last else (x, mean, weight)
+    net = Network(f, "gaussian", example=(PLAIN, *inputs))
+    assert net.layers == {"W": (2, 3), "s": (3, 1, 1)}
+    assert not net.skipped
 
 
 def test_a_layer_is_what_the_user_says_it_is():

@@ -1,6 +1,7 @@
 """The preconditioner of optax: the other adapter's updates, what it composes with, and what makes it compile."""
 
 import re
+from functools import partial
 
 import backends  # noqa: F401 - JAX in float64
 import jax
@@ -105,6 +106,43 @@ def test_it_composes_and_compiles_once(compose):
         first = loss if first is None else first
     assert loss < first
     assert step._cache_size() == 1
+
+
+def test_the_steps_of_a_group_of_batches_are_those_of_their_mean():
+    """`MultiSteps` takes the statistics of the last of them, and accumulates in float32."""
+    net, params, x, y = network(estimator="exact")
+    inner = optax.chain(precondition(net, damping=0.1), optax.sgd(0.3, momentum=0.9))
+    tx = optax.MultiSteps(inner, 2)
+    came, expected = (params, tx.init(params)), (params, inner.init(params))
+    for i in range(3):
+        seen = []
+        for factor in (1.0, 2.0 + i):
+            _, gradient, statistics = net.value_grad_and_statistics(came[0], factor * x, y, key=KEY)
+            updates, state = tx.update(gradient, came[1], came[0], statistics=statistics)
+            came = optax.apply_updates(came[0], updates), state
+            seen.append(gradient)
+        mean = jax.tree.map(lambda *g: sum(g) / 2, *seen)
+        updates, state = inner.update(mean, expected[1], expected[0], statistics=statistics)
+        expected = optax.apply_updates(expected[0], updates), state
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), came[0], expected[0])
+
+
+@pytest.mark.parametrize("structure", ["block-diagonal", "eigen"])
+def test_an_ensemble_takes_the_steps_of_its_members(structure):
+    """One of which is not finite, and refused alone."""
+    net, params, x, y = network(keep="rows" if structure == "eigen" else "moments")
+    tx = optax.chain(precondition(net, structure=structure, inverse_period=2), optax.sgd(0.3, momentum=0.9))
+    step = stepper(net, tx, y)
+    members = [params, jax.tree.map(lambda p: p / 2, params), params | {"V": params["V"] * jnp.nan}]
+    states = [tx.init(member) for member in members]
+    together = tuple(jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (members, states))
+    for i in range(3):
+        *together, _ = jax.vmap(step, in_axes=(0, 0, None, None))(*together, x, jax.random.key(i))
+        pairs = [step(*pair, x, jax.random.key(i))[:2] for pair in zip(members, states, strict=True)]
+        members, states = zip(*pairs, strict=True)
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), together[0], expected)
+    np.testing.assert_array_equal(together[1][0].rejected > 0, [False, False, True])
 
 
 def test_the_weights_of_an_average_are_as_precise_as_what_they_weigh():
@@ -293,17 +331,51 @@ def test_mistakes_in_the_options():
 
 def test_statistics_that_are_none_of_this_network():
     f, params, x, _, _ = jax_models.mlp()
-    tx, key = precondition(Network(f, "categorical", example=(params, x))), jax.random.key(0)
-    other = Network(lambda p, x: x @ p["other"], "categorical", example=({"other": jnp.ones((x.shape[1], 2))}, x))
-    _, _, statistics = other.value_grad_and_statistics(
-        {"other": jnp.ones((x.shape[1], 2))}, x, jnp.zeros(len(x), int), key=key
-    )
-    for came, error, match in (
-        (statistics.moments, TypeError, "statistics is a dict, expected the Statistics of Network"),
-        (statistics, ValueError, "statistics are of the layers other, expected those of this network, "),
-    ):
+    y = jnp.zeros(len(x), int)
+
+    def of(params, x, f=f, **options):
+        net = Network(f, "categorical", example=(params, x), **options)
+        return net, net.value_grad_and_statistics(params, x, y, key=KEY)[2]
+
+    (net, _), (_, own) = of(params, x, keep="rows"), of(params, x)
+    wider = params | {"W": jnp.ones((4, 5))}
+    for options, came, error, match in (
+        ({}, own.moments, TypeError, "statistics is a dict, expected the Statistics of Network"),
+        ({}, of({"other": params["W"]}, x, lambda p, x: x @ p["other"])[1], ValueError,
+         r"statistics has other.A \(3, 3\) float64, other.G .* and lacks V.A \(6, 6\) float64, .*, expected those of "),
+        ({}, of(wider, jax_models.inputs(4))[1], ValueError, r"has W.A \(5, 5\) float64 and lacks W.A \(4, 4\) "),
+        ({"structure": "eigen"}, own, ValueError, r"no rows, expected those of a Network\(..., keep='rows'\)"),
+    ):  # fmt: skip
+        tx = precondition(net, **options)
         with pytest.raises(error, match=match):
             tx.update(params, tx.init(params), params, statistics=came)
+
+
+def test_trees_that_are_none_of_this_network():
+    """Nothing is passed by in silence: a layer that is not found would be left alone."""
+    net, params, *_ = network()
+    tx, eigen = precondition(net), precondition(network(keep="rows")[0], structure="eigen")
+    state, part = tx.init(params), {name: params[name] for name in "Wb"}
+    nested = r"has net.V \(5, 2\), net.W .* and lacks V \(5, 2\), W .*, expected parameters of the network"
+    turned = r"has W \(5, 3\) and lacks W \(3, 5\), expected parameters of the network"
+    for call, error, match in (
+        (lambda: tx.init({"net": params}), ValueError, f"params {nested}"),
+        (lambda: tx.init(params | {"W": params["W"].T}), ValueError, f"params {turned}"),
+        (lambda: optax.flatten(tx).init(params), ValueError, r"params has  \(32,\) and lacks V"),
+        (lambda: tx.update({"net": params}, state), ValueError, f"the gradient {nested}"),
+        (lambda: tx.update(params | {"W": params["W"].T}, state), ValueError, f"the gradient {turned}"),
+        (lambda: tx.update(params | {"z": jnp.ones(2)}, state), ValueError, r"the gradient has z \(2,\), expected"),
+        (
+            lambda: tx.update(part, state),
+            ValueError,
+            "expected that of init for parameters without V, c, like the grad",
+        ),
+        (lambda: tx.update(params, tx.init(part)), ValueError, r"lacks averages.0.A .* init for all parameters"),
+        (lambda: tx.update(params, eigen.init(params)), ValueError, "state has inverses.0.operator.Q_A"),
+        (lambda: tx.update(params, ()), TypeError, "state is a tuple, expected the PreconditionState of init"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
 
 
 def test_the_matrix_products_of_a_step_are_those_of_the_algebra():
