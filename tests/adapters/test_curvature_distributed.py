@@ -3,7 +3,8 @@
 import pytest
 import torch
 from curvature_cases import MODELS, Case, N
-from torch import distributed, nn
+from together import spawned
+from torch import nn
 
 from kfaclinalg_torch import fit_curvature
 
@@ -55,31 +56,24 @@ def branched(rank=None):
     return {name: [M.diagonal().clone() for M in pair] for name, pair in curvature.layers.items()}
 
 
-def one_process(rank, world, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def run(rank, world):
+    found: dict = {repr(fit): fitted(*fit, rank) for fit in FITS}
     try:
-        found: dict = {repr(fit): fitted(*fit, rank) for fit in FITS}
-        try:
-            fitted("mlp", "block-tridiagonal", "exact", rank)
-        except ValueError as error:
-            found["refused"] = str(error)
-        found["branched"] = branched(rank)
-        case = Case("mlp")
-        try:
-            fit_curvature(case.model, "categorical", [] if rank == 1 else case.loader(), progress=False)
-        except (RuntimeError, ValueError) as error:
-            found["empty"] = str(error)
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        distributed.destroy_process_group()
+        fitted("mlp", "block-tridiagonal", "exact", rank)
+    except ValueError as error:
+        found["refused"] = str(error)
+    found["branched"] = branched(rank)
+    case = Case("mlp")
+    try:
+        fit_curvature(case.model, "categorical", [] if rank == 1 else case.loader(), progress=False)
+    except (RuntimeError, ValueError) as error:
+        found["empty"] = str(error)
+    return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("curvature")
-    torch.multiprocessing.spawn(one_process, (WORLD, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(WORLD)]
+    return spawned(tmp_path_factory.mktemp("curvature"), WORLD, run)
 
 
 @pytest.mark.parametrize("fit", FITS, ids=" ".join)

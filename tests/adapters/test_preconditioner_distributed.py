@@ -1,9 +1,8 @@
 """The parts of a batch, in several passes or in several processes, give what the batch gives."""
 
 import pytest
-import torch
-import torch.distributed.fsdp
-from torch import distributed, nn
+from together import spawned
+from torch import nn
 from torch.nn import functional
 from training import (
     Fixed,
@@ -126,22 +125,15 @@ def chosen(x, y):
     return dict(preconditioner._periods)
 
 
-def one_process(rank, world, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        found: dict = {name: distributed_run(*case, rank, world) for name, case in DISTRIBUTED.items()}
-        found["periods"] = chosen(*(t.split(6)[rank] for t in batch()))
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        distributed.destroy_process_group()
+def run(rank, world):
+    found: dict = {name: distributed_run(*case, rank, world) for name, case in DISTRIBUTED.items()}
+    found["periods"] = chosen(*(t.split(6)[rank] for t in batch()))
+    return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(one_process, (WORLD, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(WORLD)]
+    return spawned(tmp_path_factory.mktemp("distributed"), WORLD, run)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
 
 import torch
 from torch import distributed, nn
@@ -13,6 +14,11 @@ from training import dense
 from kfaclinalg import LowRank
 from kfaclinalg_torch import KFACPreconditioner, _inverses
 from kfaclinalg_torch._grid import Duties
+
+# What takes each process seconds to import, imported once and forked.
+set_forkserver_preload(
+    ["kfaclinalg_torch", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+)
 
 N = 12
 STRUCTURES = {"block-diagonal": "block-diagonal", "eigen": "eigen", "low rank": LowRank(2)}
@@ -48,7 +54,8 @@ def one(rank, world, work, folder, *args):
 
 def spawned(folder, world, work, *args):
     """What `work(rank, world, *args)` gives in each of so many processes."""
-    torch.multiprocessing.spawn(one, (world, work, str(folder), *args), nprocs=world)
+    given = world, work, str(folder), *args
+    torch.multiprocessing.start_processes(one, given, nprocs=world, start_method="forkserver")
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
 
 
