@@ -110,6 +110,7 @@ GPU = [
     *([Backend("cupy", lambda x: _cupy().asarray(x), lambda x: _cupy().asnumpy(x))] if CUPY else []),
 ]
 # JAX compiles anew for every shape, and outside of jit for every operation: float32 is tested outside of it and float64
-# inside, and random shapes are for the others.
+# inside, and random shapes are for the others. A test without `b.jit` has nothing to show inside.
 every_backend = pytest.mark.parametrize("b", [*EAGER, *JAX[1:], *GPU], ids=str)
+uncompiled_backends = pytest.mark.parametrize("b", [*EAGER, JAX[1], *GPU], ids=str)
 eager_backends = pytest.mark.parametrize("b", [*EAGER, *GPU], ids=str)

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, STRICT, TORCH, every_backend
+from backends import NUMPY, STRICT, TORCH, uncompiled_backends
 
 import kfaclinalg
 from kfaclinalg import _backends, _checks
 
 
-@every_backend
+@uncompiled_backends
 def test_resolve_finds_the_backend(b):
     x = b.array(np.ones(2))
     found = _backends.resolve(x=x)
@@ -57,7 +57,7 @@ def test_batches_that_do_not_broadcast_are_named():
         _checks.check_batches(A=(1,), B=(3,), V=(4,))
 
 
-@every_backend
+@uncompiled_backends
 def test_assert_finite_names_the_member(b):
     x = np.ones((2, 3, 4, 4))
     kfaclinalg.assert_finite(b.array(x), "x")
@@ -75,7 +75,7 @@ def test_both_habits_catch_linalgerror():
     assert issubclass(kfaclinalg.LinAlgError, RuntimeError)
 
 
-@every_backend
+@uncompiled_backends
 def test_picked(b):
     x, picks = np.arange(9.0).reshape(3, 3), [[2, 0], [0, 1]]
     np.testing.assert_array_equal(b.numpy(_backends.picked(b.array(x), picks)), [x[np.ix_(p, p)] for p in picks])

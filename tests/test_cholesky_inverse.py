@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, TORCH_FLOAT32, eager_backends, every_backend
+from backends import NUMPY, TORCH_FLOAT32, eager_backends, every_backend, uncompiled_backends
 from matrices import FIXED, Sample, judge, members
 
 from kfaclinalg import CholeskyInverse, Kronecker, spd, testing
@@ -68,7 +68,7 @@ def test_inverse_and_solve_are_products_with_m(b):
         judge(b, "CholeskyInverse.solve", np.max(abs(b.numpy(computed) - exact)) / np.max(abs(M)), 5 * bound)
 
 
-@every_backend
+@uncompiled_backends
 def test_what_is_above_the_diagonal_is_not_read(b):
     low = np.tril(Sample(4, (2,)).spd(b)) + np.eye(4)
     V = Sample(4, (2,)).normal(b, 4, 2)
@@ -84,7 +84,7 @@ def test_what_is_above_the_diagonal_is_not_read(b):
         np.testing.assert_array_equal(b.numpy(f(P)), b.numpy(f(Q)))
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("entry", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_a_singular_member_is_nan_all_over(b, entry, batch):
@@ -95,7 +95,7 @@ def test_a_singular_member_is_nan_all_over(b, entry, batch):
         assert np.isnan(b.numpy(result)).all()
 
 
-@every_backend
+@uncompiled_backends
 def test_a_member_is_alone_in_its_failure(b):
     M = np.stack([np.eye(3), -np.eye(3)])
     U = b.numpy(Kronecker(b.array(M), b.array(np.eye(2))).inverse(method="cholesky") @ b.array(np.ones((2, 2, 3))))

@@ -2,7 +2,7 @@ import functools
 
 import numpy as np
 import pytest
-from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend
+from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import judge, random_spd
@@ -50,7 +50,7 @@ def test_block_diagonal_inverse(b, norm, gamma):
         judge(b, "block_diagonal_inverse", error, testing.inverse_bound(np.linalg.cond(dense), b.eps))
 
 
-@every_backend
+@uncompiled_backends
 def test_singular_factors_need_damping(b):
     """Always-zero inputs, as MNIST's border pixels: singular without γ, fine with it."""
     singular = np.diag([1.0, 0.0])
@@ -129,7 +129,7 @@ def test_low_rank_inverse_takes_an_earlier_result_as_its_start(monkeypatch):
     assert errors[-1] < 1e-6 * errors[0]
 
 
-@every_backend
+@uncompiled_backends
 def test_a_truncation_that_is_not_definite_is_nan(b):
     """Without the smaller eigenvalues of G - diag G, the sum with diag G may be indefinite where G is not."""
     G = np.asarray([[1.0, -1.0, -2.0], [-1.0, 5.0, -1.0], [-2.0, -1.0, 9.0]])
@@ -176,7 +176,7 @@ def test_block_tridiagonal_inverse_of_random_networks(b, gamma, seed):
     check_block_tridiagonal(b, gamma, seed)
 
 
-@every_backend
+@uncompiled_backends
 def test_the_dense_form_and_its_determinant(b):
     net = network(b, 0.1)
     inverse = block_tridiagonal_inverse(net.factors, 0.1)
@@ -187,7 +187,7 @@ def test_the_dense_form_and_its_determinant(b):
     assert b.numpy(inverse.logdet()) == pytest.approx(logdet, abs=len(exact) * bound)
 
 
-@every_backend
+@uncompiled_backends
 def test_without_links_it_is_the_block_diagonal_inverse(b):
     factors = network(b, 0.0).factors
     zero = Factors(factors.layers, tuple(Link(0 * A, 0 * G) for A, G in factors.links))
@@ -208,7 +208,7 @@ def test_a_damped_link_is_caught():
     )
 
 
-@every_backend
+@uncompiled_backends
 def test_inconsistent_links_give_nan_in_their_layer(b):
     """A link that no joint distribution has: its layer, given the next, is not definite."""
     one = np.eye(2)
@@ -222,7 +222,7 @@ def test_inconsistent_links_give_nan_in_their_layer(b):
     assert np.isnan(b.numpy(inverse.logdet()))
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 def test_exactly_damped_inverse(b, damping):
     net = network(b, 0.0)

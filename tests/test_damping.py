@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from backends import NUMPY, every_backend
+from backends import NUMPY, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import random_spd
@@ -15,7 +15,7 @@ def example(b, seed=0, n=4, m=3):
     return A, G, LayerFactors(b.array(A), b.array(G))
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("norm", NORMS)
 def test_damped_factors(b, norm):
     A, G, layer = example(b)
@@ -35,7 +35,7 @@ def test_the_damped_product_does_not_depend_on_the_scale_between_the_factors(see
     np.testing.assert_allclose(other, one, rtol=1e-12)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("norm", NORMS)
 def test_pi_is_one_where_a_factor_is_zero(b, norm):
     zero, one = b.array(np.zeros((2, 2))), b.array(4 * np.eye(2))
@@ -48,7 +48,7 @@ def test_pi_of_extreme_factors():
     assert tikhonov_pi(layer) == pytest.approx(1e160)
 
 
-@every_backend
+@uncompiled_backends
 def test_gamma_may_be_a_batch(b):
     layer = example(b)[2]
     damped = factored_tikhonov(layer, b.array([0.5, 2.0]))
@@ -56,7 +56,7 @@ def test_gamma_may_be_a_batch(b):
     np.testing.assert_allclose(b.numpy(damped.G)[1], b.numpy(factored_tikhonov(layer, 2.0).G), atol=10 * b.eps)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("norm", NORMS)
 def test_nan_stays_with_its_member(b, norm):
     A = np.stack([np.eye(2), np.full((2, 2), np.nan)])

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from backends import every_backend
+from backends import every_backend, uncompiled_backends
 
 from kfaclinalg import (
     Factors,
@@ -40,7 +40,7 @@ def test_factors_are_the_second_moments(b):
         np.testing.assert_allclose(b.numpy(link.G), moments(g[i], g[i + 1]), atol=bound)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("n", [1, 7, 33])
 def test_factors_are_exactly_symmetric(b, n):
     a = b.array(np.random.default_rng(n).standard_normal((13, n)))
@@ -48,19 +48,19 @@ def test_factors_are_exactly_symmetric(b, n):
     np.testing.assert_array_equal(A, A.T)
 
 
-@every_backend
+@uncompiled_backends
 def test_leading_dimensions_are_a_batch(b):
     a = np.random.default_rng(0).standard_normal((2, 5, 3))
     A = b.numpy(batch_factors([b.array(a)], [b.array(a)]).layers[0].A)
     np.testing.assert_allclose(A[1], moments(a[1], a[1]), atol=50 * b.eps)
 
 
-@every_backend
+@uncompiled_backends
 def test_homogeneous_adds_ones_last(b):
     assert b.numpy(homogeneous(b.array([[2, 3], [4, 5]]))).tolist() == [[2, 3, 1], [4, 5, 1]]
 
 
-@every_backend
+@uncompiled_backends
 def test_links_are_left_out_unless_asked_for(b):
     a = b.array(np.ones((2, 1)))
     assert batch_factors([a, a], [a, a]).links == ()
@@ -71,7 +71,7 @@ def factors_of(b, value):
     return Factors((LayerFactors(x, 2 * x),) * 2, (Link(3 * x, 4 * x),))
 
 
-@every_backend
+@uncompiled_backends
 def test_moving_average(b):
     new = factors_of(b, 2.0)
     assert moving_average(None, new, decay=0.5) is new
@@ -110,7 +110,7 @@ def test_an_update_is_the_moving_average_with_the_batch(b, links):
         assert_same(b.numpy(x), y)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("where", ["old", "batch"])
 def test_an_update_keeps_nan_whatever_the_decay(b, decay, where):

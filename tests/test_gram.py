@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, every_backend
+from backends import NUMPY, uncompiled_backends
 from matrices import Sample, judge
 
 from kfaclinalg import (
@@ -57,7 +57,7 @@ def check(b, name, gram, dense, x, y):
     judge(b, f"{name}.gram", np.linalg.norm(b.numpy(gram) - expected), testing.solve_bound(M * N, b.eps) * scale)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("ranks", [None, *RANKS], ids=str)
 def test_an_operator_of_one_layer(b, ranks):
     for name, op in operators(b):
@@ -72,7 +72,7 @@ def test_an_operator_of_one_layer(b, ranks):
         check(b, name, op.gram(b.array(u), V), dense, rows(u), rows(v))
 
 
-@every_backend
+@uncompiled_backends
 def test_a_side(b):
     A, x, y = Sample(N).spd(b), drawn(b, N, P), drawn(b, N, Q, seed=1)
     d = b.array(np.arange(1.0, N + 1))
@@ -82,7 +82,7 @@ def test_a_side(b):
         check(b, type(op).__name__, gram, b.numpy(op.to_dense()), x.T, y.T)
 
 
-@every_backend
+@uncompiled_backends
 def test_a_batch_of_operators_and_their_direct_sum(b):
     A, B = Sample(N, (2,), decades=0.1).spd(b), Sample(M, (2,), decades=0.1, seed=1).spd(b)
     u, v = drawn(b, P, 2, M, N), drawn(b, Q, 2, M, N, seed=1)
@@ -103,7 +103,7 @@ def test_a_batch_of_operators_and_their_direct_sum(b):
         assert whole.shape == (2, M, N)
 
 
-@every_backend
+@uncompiled_backends
 def test_a_network(b):
     one, two = (Kronecker(b.array(Sample(n).spd(b)), b.array(Sample(m, seed=1).spd(b))) for m, n in ((M, N), (2, M)))
     F = BlockDiagonal((one, DirectSum(Kronecker(one.A[None, ...], one.B[None, ...])), two.eigh()))
@@ -114,7 +114,7 @@ def test_a_network(b):
     check(b, "BlockDiagonal", gram, b.numpy(F.to_dense()), left, right)
 
 
-@every_backend
+@uncompiled_backends
 def test_the_block_tridiagonal_inverse(b):
     a = [drawn(b, 40, n, seed=n) for n in (N, M)]
     g = [drawn(b, 40, m, seed=m + 10) for m in (M, 2)]

@@ -5,7 +5,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, TORCH, Backend, eager_backends, every_backend
+from backends import NUMPY, TORCH, Backend, eager_backends, every_backend, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
@@ -73,7 +73,10 @@ class Case:
         self.condition = sides[0].condition * sides[1].condition
 
     def run(self, f):
-        return self.b.numpy(self.b.jit(f)(Kronecker(*self.factors), self.b.array(self.V)))
+        return self.b.numpy(self.compiled(f))
+
+    def compiled(self, f):
+        return self.b.jit(f)(Kronecker(*self.factors), self.b.array(self.V))
 
     def unvec(self, v):
         return testing.unvec(v, self.shape)
@@ -145,9 +148,10 @@ def test_the_wrong_order_of_the_factors_is_caught(check):
 def test_trace_diagonal_and_dense(b, kinds):
     case = Case(b, kinds=kinds)
     bound = testing.solve_bound(12, b.eps)
-    assert case.run(lambda P, V: P.trace()) == pytest.approx(np.trace(case.dense), rel=bound)
-    np.testing.assert_allclose(case.run(lambda P, V: P.diagonal()), case.unvec(np.diagonal(case.dense)), rtol=bound)
-    np.testing.assert_allclose(case.run(lambda P, V: P.to_dense()), case.dense, rtol=bound, atol=b.eps)
+    trace, diagonal, dense = map(b.numpy, case.compiled(lambda P, V: (P.trace(), P.diagonal(), P.to_dense())))
+    assert trace == pytest.approx(np.trace(case.dense), rel=bound)
+    np.testing.assert_allclose(diagonal, case.unvec(np.diagonal(case.dense)), rtol=bound)
+    np.testing.assert_allclose(dense, case.dense, rtol=bound, atol=b.eps)
 
 
 @every_backend
@@ -179,7 +183,7 @@ def test_shifted_inverse(b, shift):
         judge(b, "shifted_inverse, structured", error, testing.inverse_bound(np.linalg.cond(dense), b.eps))
 
 
-@every_backend
+@uncompiled_backends
 @every_pair
 def test_apply_outer(b, kinds):
     case = Case(b, kinds=kinds)
@@ -191,7 +195,7 @@ def test_apply_outer(b, kinds):
     judge(b, "Kronecker.apply_outer", error, testing.solve_bound(sum(case.shape), b.eps))
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("diagonal", [None, 0, 1])
 def test_products_use_the_arrays_as_given(b, diagonal):
     """Nothing dense is taken to be symmetric, whatever the other side is."""
@@ -206,7 +210,7 @@ def test_products_use_the_arrays_as_given(b, diagonal):
     np.testing.assert_allclose(b.numpy(P.apply_outer(b.array(V), b.array(R))), B @ V @ (A @ R).T, atol=100 * b.eps)
 
 
-@every_backend
+@uncompiled_backends
 def test_a_batch_is_a_loop(b):
     A, B = Sample(3, (2, 1)).spd(b), Sample(2, (4,)).spd(b)
     V = np.random.default_rng(0).standard_normal((2, 4, 2, 3))
@@ -220,7 +224,7 @@ def test_a_batch_is_a_loop(b):
     assert b.numpy(P.to_dense()).shape == (2, 4, 6, 6)
 
 
-@every_backend
+@uncompiled_backends
 def test_a_failing_member_is_nan_as_a_whole(b):
     A, B = np.stack([np.eye(3)] * 3), np.stack([np.eye(2)] * 3)
     A[1, 0, 0] = -1

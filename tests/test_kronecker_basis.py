@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from backends import NUMPY, Backend, every_backend
+from backends import NUMPY, Backend, every_backend, uncompiled_backends
 from matrices import Sample, judge
 
 from kfaclinalg import Kronecker, KroneckerBasis, testing
@@ -42,7 +42,7 @@ def test_transposed_weights_are_caught():
     assert not np.allclose(testing.vec(case.run(lambda P, V: P @ V)), right)
 
 
-@every_backend
+@uncompiled_backends
 def test_nan_where_it_has_no_inverse_or_logarithm(b):
     weights = np.ones((3, 2, 2))
     weights[1, 0, 1], weights[2, 1, 0] = 0, -1

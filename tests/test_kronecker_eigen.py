@@ -5,7 +5,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, TORCH, Backend, every_backend
+from backends import NUMPY, TORCH, Backend, every_backend, uncompiled_backends
 from matrices import Sample, judge
 
 from kfaclinalg import Diagonal, Kronecker, KroneckerEigen, LowRankPlusDiagonal, OuterProduct, testing
@@ -99,7 +99,7 @@ def test_the_gradient_of_the_logdet_is_the_trace_of_the_inverse(framework):
     np.testing.assert_allclose(np.asarray(slopes), expected, rtol=testing.inverse_bound(case.condition, NUMPY.eps))
 
 
-@every_backend
+@uncompiled_backends
 def test_a_diagonal_side_keeps_the_identity_and_forms_nothing(b):
     d, B = np.asarray([2.0, 0.5, 1.0, 3.0]), Sample(M).spd(b)
     F = Kronecker(Diagonal(b.array(d)), b.array(B)).eigh()
@@ -114,7 +114,7 @@ def test_a_diagonal_side_keeps_the_identity_and_forms_nothing(b):
     )
 
 
-@every_backend
+@uncompiled_backends
 def test_a_failing_member_is_nan_and_its_neighbours_are_not(b):
     eigenvalues = np.ones((4, 2, 2))
     eigenvalues[1, 0, 1], eigenvalues[2, 1, 0], eigenvalues[3, 1, 1] = 0, -1, np.inf
@@ -127,7 +127,7 @@ def test_a_failing_member_is_nan_and_its_neighbours_are_not(b):
     assert np.isnan(b.numpy(F.power(0.5) @ V)).all(axis=(-2, -1)).tolist() == [False, False, True, True]
 
 
-@every_backend
+@uncompiled_backends
 def test_what_is_singular_has_no_inverse_and_a_shift_gives_it_one(b):
     """Eigenvalues that are rounding alone are zero: neither a wrong number nor a failure of the shifted matrix."""
     X = np.random.default_rng(0).standard_normal((2, N))

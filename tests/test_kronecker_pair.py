@@ -1,12 +1,32 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, eager_backends, every_backend
+from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, eager_backends, every_backend, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
 
 from kfaclinalg import KroneckerPair, kronecker_pair, testing
+
+
+@cache
+def compiled(b: Backend, f):
+    """Once for all signs and radii."""
+    return b.jit(lambda A, B, C, D, V: f(KroneckerPair(A, B, C, D), V))
+
+
+def inverted(P, V):
+    return P.inverse() @ V
+
+
+def verbs(P, V):
+    return P.to_dense(), P @ V, P.diagonal(), P.trace(), P.logdet()
+
+
+def solved(P, V):
+    return P.solve(V, method="smith"), P.solve(V)
 
 
 class Case:
@@ -36,16 +56,17 @@ class Case:
         return np.linalg.cond(self.dense)
 
     def run(self, f):
-        return self.b.numpy(
-            self.b.jit(lambda A, B, C, D, V: f(KroneckerPair(A, B, C, D), V))(*self.arrays, self.b.array(self.V))
-        )
+        return self.b.numpy(self.compiled(f))
+
+    def compiled(self, f):
+        return compiled(self.b, f)(*self.arrays, self.b.array(self.V))
 
     def error(self, U):
         return testing.backward_error(self.dense, testing.vec(U), testing.vec(self.V))
 
 
 def check(case: Case) -> None:
-    U = case.run(lambda P, V: P.inverse() @ V)
+    U = case.run(inverted)
     judge(case.b, "KroneckerPair.inverse", case.error(U), testing.inverse_bound(case.condition, case.b.eps))
 
 
@@ -80,13 +101,14 @@ def test_the_other_methods(b, sign):
     case = Case(b, sign=sign)
     bound = testing.inverse_bound(case.condition, b.eps)
     small = testing.solve_bound(12, b.eps) * np.abs(case.dense).max() * 10
-    np.testing.assert_allclose(case.run(lambda P, V: P.to_dense()), case.dense, atol=small)
-    np.testing.assert_allclose(testing.vec(case.run(lambda P, V: P @ V)), case.dense @ testing.vec(case.V), atol=small)
-    np.testing.assert_allclose(testing.vec(case.run(lambda P, V: P.diagonal())), np.diagonal(case.dense), atol=small)
-    assert case.run(lambda P, V: P.trace()) == pytest.approx(np.trace(case.dense), abs=small * 12)
+    dense, U, diagonal, trace, logdet = map(b.numpy, case.compiled(verbs))
+    np.testing.assert_allclose(dense, case.dense, atol=small)
+    np.testing.assert_allclose(testing.vec(U), case.dense @ testing.vec(case.V), atol=small)
+    np.testing.assert_allclose(testing.vec(diagonal), np.diagonal(case.dense), atol=small)
+    assert trace == pytest.approx(np.trace(case.dense), abs=small * 12)
     exact = np.linalg.slogdet(case.dense)[1]
     m, n = case.shape
-    judge(b, "KroneckerPair.logdet", abs(case.run(lambda P, V: P.logdet()) - exact), n * m * bound)
+    judge(b, "KroneckerPair.logdet", abs(logdet - exact), n * m * bound)
 
 
 @every_backend
@@ -94,13 +116,12 @@ def test_the_other_methods(b, sign):
 @pytest.mark.parametrize("radius", [0.0, 0.5, 0.999])
 def test_smith_agrees_with_eigh(b, sign, radius):
     case = Case(b, sign=sign, radius=radius)
-    U = case.run(lambda P, V: P.solve(V, method="smith"))
-    judge(b, "KroneckerPair.solve smith", case.error(U), testing.inverse_bound(10 * case.condition, b.eps))
-    judge(b, "KroneckerPair.solve eigh", case.error(case.run(lambda P, V: P.solve(V))),
-          testing.inverse_bound(case.condition, b.eps))  # fmt: skip
+    smith, eigh = map(b.numpy, case.compiled(solved))
+    judge(b, "KroneckerPair.solve smith", case.error(smith), testing.inverse_bound(10 * case.condition, b.eps))
+    judge(b, "KroneckerPair.solve eigh", case.error(eigh), testing.inverse_bound(case.condition, b.eps))
 
 
-@every_backend
+@uncompiled_backends
 def test_smith_is_nan_where_the_series_diverges_though_the_pair_is_definite(b):
     P = KroneckerPair(*(b.array(np.eye(k) * c) for k, c in ((3, 1.0), (2, 1.0), (3, 2.0), (2, 1.0))))
     V = b.array(np.ones((2, 3)))
@@ -108,7 +129,7 @@ def test_smith_is_nan_where_the_series_diverges_though_the_pair_is_definite(b):
     assert np.isnan(b.numpy(P.solve(V, method="smith"))).all()
 
 
-@every_backend
+@uncompiled_backends
 def test_a_failing_member_is_nan_and_the_others_are_not_touched(b):
     """Not A definite; C NaN; the pair not definite."""
     A, B, C, D = (np.stack([np.eye(k)] * 5) for k in (3, 2, 3, 2))

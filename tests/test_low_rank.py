@@ -6,7 +6,18 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from backends import EAGER, GPU, JAX, NUMPY, TORCH, TORCH_FLOAT32, Backend, eager_backends, every_backend
+from backends import (
+    EAGER,
+    GPU,
+    JAX,
+    NUMPY,
+    TORCH,
+    TORCH_FLOAT32,
+    Backend,
+    eager_backends,
+    every_backend,
+    uncompiled_backends,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from matrices import judge
@@ -248,7 +259,7 @@ def test_trace_diagonal_and_dense(b):
     np.testing.assert_array_equal(X, X.swapaxes(-1, -2))
 
 
-@every_backend
+@uncompiled_backends
 def test_diagonal(b):
     d, X = np.asarray([[0.5, 2.0, 4.0], [1.0, 2.0, 8.0]]), np.random.default_rng(0).standard_normal((2, 3, 2))
     D, X = Diagonal(b.array(d)), b.array(X)
@@ -315,7 +326,7 @@ def test_a_single_failing_matrix_is_nan(b, spoil):
         assert np.isnan(b.numpy(f(M, b.array(np.eye(3))))).all()
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("entry", [0.0, -1.0, np.nan, np.inf])
 def test_a_failing_member_of_a_diagonal_is_nan(b, entry):
     D = Diagonal(b.array([[1.0, 2.0], [entry, 2.0]]))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, eager_backends, every_backend
+from backends import NUMPY, eager_backends, every_backend, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import judge
@@ -121,7 +121,7 @@ def test_each_member_may_have_its_own_damping(b):
         np.testing.assert_allclose(coefficients, fit(b, F, gradient, d, damping)[0], rtol=1e3 * b.eps)
 
 
-@every_backend
+@uncompiled_backends
 def test_inner_products_over_layers(b):
     rng = np.random.default_rng(0)
     d, e, f = ([rng.standard_normal(shape).astype(b.dtype) for shape in ((2, 3), (4, 1))] for _ in range(3))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backends import NUMPY, STRICT, TORCH_FLOAT32, Backend, eager_backends, every_backend
+from backends import NUMPY, STRICT, TORCH_FLOAT32, Backend, eager_backends, every_backend, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import FIXED, Sample, judge, members, samples
@@ -54,7 +54,7 @@ def check_left_singular(b: Backend, sample: Sample) -> None:
 CHECKS = [check_left_singular, check_factor, check_substitution, check_eigh]
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("sample", FIXED, ids=str)
 @pytest.mark.parametrize("check", CHECKS)
 def test_errors_are_within_their_bounds(b, sample, check):

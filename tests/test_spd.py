@@ -1,7 +1,7 @@
 import mpmath
 import numpy as np
 import pytest
-from backends import NUMPY, TORCH, Backend, eager_backends, every_backend
+from backends import NUMPY, TORCH, Backend, eager_backends, every_backend, uncompiled_backends
 from hypothesis import given
 from matrices import FIXED, Sample, judge, members, samples
 
@@ -102,7 +102,7 @@ def test_a_single_failing_matrix_is_nan(b, function, entry):
     assert np.isnan(b.numpy(b.jit(function)(b.array(M)))).all()
 
 
-@every_backend
+@uncompiled_backends
 def test_both_triangles_count(b):
     M = np.asarray([[2.0, 1.0], [0.0, 2.0]])
     np.testing.assert_allclose(
@@ -110,7 +110,7 @@ def test_both_triangles_count(b):
     )
 
 
-@every_backend
+@uncompiled_backends
 def test_solve_takes_vectors_and_broadcasts(b):
     M, x = Sample(3, (2,)).spd(b), np.asarray([1.0, 2.0, 3.0])
     y = b.numpy(spd.solve(b.array(M), b.array(x)))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from backends import EAGER, JAX, NUMPY, TORCH, eager_backends, every_backend
+from backends import EAGER, JAX, NUMPY, TORCH, eager_backends, uncompiled_backends
 from scipy.sparse.linalg import cg, eigsh
 
 from kfaclinalg import _backends, _checks
@@ -333,7 +333,7 @@ def test_classes_made_at_once_are_each_registered_once():
 # --- conversions
 
 
-@every_backend
+@uncompiled_backends
 def test_astype(b):
     there = network(b).astype(b.array(np.ones(1), "float32").dtype)
     assert ", float32" in repr(there)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import every_backend
+from backends import uncompiled_backends
 
 from kfaclinalg import Kronecker, batch_factors, testing
 
@@ -13,7 +13,7 @@ def block(a, g):
     return sum(np.outer(row, row) for row in rows) / len(rows)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("independent", [True, False])
 def test_the_block_is_a_kronecker_product_where_inputs_and_gradients_are_independent(b, independent):
     """A ⊗ G is the block itself if every input comes with every gradient, and not if each comes with its own."""

@@ -1,14 +1,14 @@
 """The block-diagonal approximation F̆ of F̃."""
 
 import numpy as np
-from backends import every_backend
+from backends import uncompiled_backends
 from matrices import judge
 from networks import network
 
 from kfaclinalg import block_diagonal_inverse, testing
 
 
-@every_backend
+@uncompiled_backends
 def test_the_inverse_is_that_of_each_diagonal_block(b):
     """U_i = G_i⁻¹ V_i A_i⁻¹ solves F̃_ii vec(U_i) = vec(V_i)."""
     net = network(b, 0.0)

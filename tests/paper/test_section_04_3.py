@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import NUMPY, every_backend
+from backends import NUMPY, uncompiled_backends
 from networks import SIZES, network
 
 from kfaclinalg import block_tridiagonal_inverse, testing
@@ -20,7 +20,7 @@ def tolerance(b, matrix):
     return testing.inverse_bound(np.linalg.cond(matrix), b.eps) * np.linalg.norm(matrix, 2)
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("i", PAIRS)
 def test_Psi(b, i):
     """Ψ_{i,i+1} = F̃_{i,i+1} F̃_{i+1,i+1}⁻¹ = Ψ^A ⊗ Ψ^G."""
@@ -30,7 +30,7 @@ def test_Psi(b, i):
     np.testing.assert_allclose(Psi, exact, atol=tolerance(b, net.blocks[i + 1][i + 1]))
 
 
-@every_backend
+@uncompiled_backends
 @pytest.mark.parametrize("i", PAIRS)
 def test_Sigma(b, i):
     """Σ_{i|i+1} = F̃_ii - Ψ F̃_{i+1,i+1} Ψᵀ: the Schur complement of the next layer in the pair's joint covariance."""
@@ -41,14 +41,14 @@ def test_Sigma(b, i):
     np.testing.assert_allclose(b.numpy(inverse.Lambda[i].to_dense()), exact, atol=tolerance(b, exact))
 
 
-@every_backend
+@uncompiled_backends
 def test_the_last_block_of_Lambda(b):
     net, inverse = parts(b)
     exact = np.linalg.inv(net.blocks[-1][-1])
     np.testing.assert_allclose(b.numpy(inverse.Lambda[-1].to_dense()), exact, atol=tolerance(b, exact))
 
 
-@every_backend
+@uncompiled_backends
 def test_Xi_Lambda_Xi(b):
     """F̂⁻¹ from the dense Ξ and Λ of the definition."""
     net, inverse = parts(b)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import NUMPY, every_backend
+from backends import NUMPY, every_backend, uncompiled_backends
 from networks import network
 
 from kfaclinalg import (
@@ -16,7 +16,7 @@ from kfaclinalg import (
 )
 
 
-@every_backend
+@uncompiled_backends
 def test_eqn_6_is_inverted_exactly(b):
     net = network(b, 0.0)
     for i, layer in enumerate(net.factors.layers):
@@ -25,7 +25,7 @@ def test_eqn_6_is_inverted_exactly(b):
         np.testing.assert_allclose(inverse @ block, np.eye(len(block)), atol=100 * np.linalg.cond(block) * b.eps)
 
 
-@every_backend
+@uncompiled_backends
 def test_eqn_7_exceeds_eqn_6_by_the_residual(b):
     """(A + πγ I) ⊗ (G + γ/π I) = A ⊗ G + γ² I + [πγ I ⊗ G + γ/π A ⊗ I]."""
     gamma = 0.4
@@ -59,7 +59,7 @@ def test_an_inverted_pi_is_caught(monkeypatch):
         test_pi_minimises_the_bound_on_the_residual(NUMPY, "trace")
 
 
-@every_backend
+@uncompiled_backends
 def test_alpha_of_section_6_4(b):
     """α* = -∇hᵀΔ / (ΔᵀFΔ + (λ+η)‖Δ‖²)."""
     F, D, slope, shift = 2.0, 3.0, -5.0, 0.5

@@ -1,12 +1,12 @@
 """Momentum: the last update is a second direction of the exact quadratic model."""
 
 import numpy as np
-from backends import every_backend
+from backends import uncompiled_backends
 
 from kfaclinalg import fit_quadratic, testing
 
 
-@every_backend
+@uncompiled_backends
 def test_momentum_of_section_7(b):
     """(α*, μ*) = -[[ΔᵀFΔ + (λ+η)‖Δ‖², ...], [..., δ0ᵀFδ0 + (λ+η)‖δ0‖²]]⁻¹ (∇hᵀΔ, ∇hᵀδ0)."""
     rng = np.random.default_rng(0)

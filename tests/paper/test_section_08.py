@@ -1,13 +1,13 @@
 """The gradient of a mini-batch has rank m: G⁻¹ (1/m g aᵀ) A⁻¹ from the batch's own a and g."""
 
 import numpy as np
-from backends import every_backend
+from backends import uncompiled_backends
 from networks import network
 
 from kfaclinalg import Kronecker, OuterProduct, testing
 
 
-@every_backend
+@uncompiled_backends
 def test_the_low_rank_form_of_the_preconditioned_gradient(b):
     layer = network(b, 0.0).factors.layers[0]
     rng = np.random.default_rng(0)

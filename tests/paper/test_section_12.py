@@ -1,13 +1,13 @@
 """Heskes' interpretation: F̆ is the curvature of a metric on each layer's outputs."""
 
 import numpy as np
-from backends import every_backend
+from backends import uncompiled_backends
 from networks import network
 
 from kfaclinalg import BlockDiagonal, Factors, Kronecker, batch_factors, block_diagonal_inverse
 
 
-@every_backend
+@uncompiled_backends
 def test_the_metric_of_section_12(b):
     """D(θ', θ) = ½ Σ_i E[(s_i - s_i')ᵀ G_i (s_i - s_i')] = ½ δᵀ F̆ δ, with s_i = W_i a_i."""
     rng = np.random.default_rng(0)
@@ -25,7 +25,7 @@ def test_the_metric_of_section_12(b):
     assert abs(half - D) <= 100 * N * b.eps * D
 
 
-@every_backend
+@uncompiled_backends
 def test_the_update_is_the_steepest_for_its_length_in_that_metric(b):
     """Of all δ with the same D the one along F̆⁻¹∇h has the largest ∇hᵀδ, and its opposite lowers h most."""
     net, rng = network(b, 0.0), np.random.default_rng(1)
