@@ -19,9 +19,9 @@ ONE_THREAD += XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
 # Somebody else's packages would hide ours.
 unexport PYTHONPATH PYTHONHOME
 
-FIGURES := fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
+FIGURES := jax_transformer jax_autoencoder jax_variational_monte_carlo distributed_autoencoder
+FIGURES += fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
-FIGURES += jax_autoencoder jax_transformer jax_variational_monte_carlo distributed_autoencoder
 
 .PHONY: help demo race figures short $(FIGURES) test environments oldest newest jax interop gpu gpu-dry lint docs site gallery dist
 .PHONY: bench performance machine plots clean
@@ -61,7 +61,7 @@ race: $(VENV)/.demo
 
 # All of these in short, and what becomes of their pictures.
 short:
-	$(MAKE) figures demo race ARGS=--quick
+	$(MAKE) race demo figures ARGS=--quick
 	$(MAKE) gallery ARGS=--quick
 
 figures: $(FIGURES)
