@@ -33,7 +33,7 @@ class Ahead:
         """From a statistic over all processes; they make their group together."""
         if self.team is self.all and statistic.steady:
             self.team = subgroup([self.all.global_rank(rank) for rank in range(self.all.size)], self.all)
-        self.names, self.updates = frozenset(statistic.shown), statistic.steady
+        self.names, self.updates = frozenset(statistic.rows), statistic.steady
 
     def leave(self, statistic: Any, owners: Mapping[str, int], wire: torch.dtype) -> None:
         """The sums leave, where they have not."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kfaclinalg import BlockTridiagonalInverse, Factored, Factors, Link, Tridiagonal
 
+from ._averages import Averaged
 from ._checkpoint import check
-from ._damping import Relative, gammas_of, raised
-from ._inverses import LADDER, Averaged, Inverses, are_finite, cast
+from ._damping import Relative
+from ._inverses import LADDER, Inverses, are_finite, cast
 from ._layer import Layer
 from ._links import chained, cross_moments
 from ._settings import Period
@@ -41,7 +42,7 @@ class ChainInverse(Inverses):
         linked = [factors.layers[name] for name in names if name in factors.layers]
         complete = len(linked) == len(names) and len(factors.links) == len(names) - 1 and names
         beside = {name: M for name, M in factors.layers.items() if not (complete and name in names)}
-        super().refresh(step, period, damping, Averaged(beside, ()))
+        super().refresh(step, period, damping, Averaged(beside, (), factors.rows))
         if complete and (step % period == 0 or CHAIN not in self.inverses):
             made = self._whole(Factors(tuple(linked), factors.links), damping)
             self._keep(CHAIN, None if made is None else (None, made), *linked)
@@ -70,7 +71,9 @@ class ChainInverse(Inverses):
     def _whole(self, factors: Factors, damping: Relative | float) -> Any | None:
         for dtype, times in ((None, 1), *((torch.float64, times) for times in LADDER)):
             wide = factors if dtype is None else _cast(factors, dtype)
-            inverse: Any = self.whole.inverse(wide, gammas_of(raised(damping, times), wide.layers))
+            pairs = zip(self.chain, wide.layers, strict=True)
+            gammas: Any = tuple(self.gamma(layer.name, M, damping, times) for layer, M in pairs)
+            inverse: Any = self.whole.inverse(wide, gammas)
             ones = tuple(layer.G.new_ones(len(layer.G), len(layer.A)) for layer in factors.layers)
             inverse = inverse if dtype is None else inverse.astype(factors.layers[0].A.dtype)
             if all(are_finite(inverse.apply(ones))):

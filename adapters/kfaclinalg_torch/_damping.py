@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,16 +15,20 @@ from kfaclinalg import Diagonal, KroneckerEigen, LayerFactors
 
 @dataclass(frozen=True)
 class Relative:
-    """λ = `fraction` tr(A) tr(G)/(n m), that part of the mean eigenvalue of A ⊗ G.
+    """λ = f tr(A) tr(G)/(n m), the part f of the mean eigenvalue of A ⊗ G.
 
-    Factored Tikhonov damping (Section 6.3) then adds √fraction of its own mean eigenvalue to each factor, so that
-    neither the scale of the loss nor that of the inputs matters.
+    Factored Tikhonov damping (Section 6.3) then adds √f of its own mean eigenvalue to each factor, so that neither the
+    scale of the loss nor that of the inputs matters. f is the geometric mean of `fraction` + (n - 1)/R and `fraction` +
+    (m - 1)/R: the eigenvalues of a second moment over R rows are off by √(n/R) of their mean (Marchenko & Pastur 1967),
+    and what is not known is no curvature. R is what the moving averages are worth, 1/Σ w² of rows with the weights w. A
+    diagonal side adds nothing. With `sampling=False` f is the `fraction`.
 
-    >>> Relative(0.01).fraction
-    0.01
+    >>> Relative(0.01)
+    Relative(fraction=0.01, sampling=True)
     """
 
     fraction: float = 0.1
+    sampling: bool = True
 
     def __post_init__(self) -> None:
         value: Any = self.fraction
@@ -33,6 +36,20 @@ class Relative:
             raise TypeError(f"fraction is {value!r}, expected a number")
         if not 0 <= float(value) < math.inf:
             raise ValueError(f"fraction is {value!r}, expected a number in [0, ∞)")
+        if not isinstance(self.sampling, bool):
+            raise TypeError(f"sampling is {self.sampling!r}, expected True or False")
+
+
+def of_rows(damping: Relative | float, fitted: LayerFactors | KroneckerEigen, rows: float) -> Relative | float:
+    """That of a layer whose averages are worth so many rows."""
+    if not isinstance(damping, Relative) or not damping.sampling:
+        return damping
+    if isinstance(fitted, KroneckerEigen):
+        sizes = list(fitted.eigenvalues.shape[-2:])
+    else:
+        sizes = [1 if isinstance(M, Diagonal) else M.shape[-1] for M in fitted]
+    f, g = (damping.fraction + (size - 1) / rows for size in sizes)
+    return Relative((f * g) ** 0.5, sampling=False)
 
 
 def gamma_of(damping: Relative | float, fitted: LayerFactors | KroneckerEigen) -> Any:
@@ -48,16 +65,9 @@ def gamma_of(damping: Relative | float, fitted: LayerFactors | KroneckerEigen) -
     return damping.fraction**0.5 * torch.where(root == 0, 1.0, root)
 
 
-def gammas_of(damping: Relative | float, layers: Sequence[LayerFactors]) -> Any:
-    """γ of a chain: one for all, or a tuple of one for each."""
-    if not isinstance(damping, Relative):
-        return damping**0.5
-    return tuple(gamma_of(damping, layer) for layer in layers)
-
-
 def raised(damping: Relative | float, times: float) -> Relative | float:
     """So many times as much."""
-    return Relative(times * damping.fraction) if isinstance(damping, Relative) else times * damping
+    return Relative(times * damping.fraction, damping.sampling) if isinstance(damping, Relative) else times * damping
 
 
 def _mean_eigenvalue(M: Any) -> Tensor:

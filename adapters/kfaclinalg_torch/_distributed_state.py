@@ -63,12 +63,12 @@ class DistributedState:
         """
         p = self.preconditioner
         facts = json.loads(bytes(state_dict["facts"].tolist()).decode())
-        check(isinstance(facts, dict) and "known" in facts, "its facts are none")
+        check(isinstance(facts, dict) and "rows" in facts, "its facts are none")
         moments = {
             block.name: LayerFactors(*map(_side, self._pair(state_dict, block.name)))
             for layer in p._layers
             for block in layer.blocks
-            if block.name in facts["known"] and f"averages.{block.name}.A" in state_dict
+            if block.name in facts["rows"] and f"averages.{block.name}.A" in state_dict
         }
         pairs = {
             layer.name: self._opened(layer, state_dict)
@@ -80,7 +80,7 @@ class DistributedState:
         fitted = {name: kept for name, (kept, _) in pairs.items() if p.structure.observes}
         inverses = {"inverses": {name: K for name, (_, K) in pairs.items()}, "fitted": fitted}
         inverses["failures"] = {name: n for name, n in facts["failures"].items() if name in pairs}
-        averages = {"moments": moments, "links": (), "taken": facts["taken"], "known": facts["known"]}
+        averages = {"moments": moments, "links": (), "taken": facts["taken"], "rows": facts["rows"]}
         said = {name: facts[name] for name in ("steps", "gone", "periods", "seed", "made")}
         if len(facts["generator"]) == 2 * len(own["generator"]):  # that of one process alone, on such a device
             said["generator"] = torch.frombuffer(bytearray.fromhex(facts["generator"]), dtype=torch.uint8)
@@ -97,7 +97,7 @@ class DistributedState:
         facts = {
             "steps": p._steps,
             "taken": averages.taken,
-            "known": averages.state()["known"],
+            "rows": averages.rows,
             "inverted": sorted(inverted),
             "failures": failures,
             "gone": dict(p._gone),

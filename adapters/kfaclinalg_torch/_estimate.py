@@ -106,7 +106,7 @@ class Estimate:
         if not bool(torch.isfinite(torch.stack(extremes)).all()):
             self.rejected += 1
             return None
-        self.averages.take(new, links, decay)
+        self.averages.take(new, links, self.statistic.rows, decay)
         return new
 
     @property

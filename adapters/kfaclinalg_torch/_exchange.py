@@ -129,11 +129,10 @@ class Exchange:
         own = {
             name: template(closed(*_of(p._inverses, name)), []) for name in p._inverses.inverses if name in self.layers
         }
-        self.templates, known = {}, set(p._estimate.averages.layers)
-        for names, templates in self.grid.all.told((known, own), "a state"):
-            known |= names
+        self.templates, averages = {}, p._estimate.averages
+        for rows, templates in self.grid.all.told((averages.rows, own), "a state"):
+            averages.rows |= rows
             self.templates |= templates
-        p._estimate.averages.known = known
         self.joined = False
         self.ahead.forget()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from kfaclinalg import (
     Structure,
 )
 
+from ._averages import Averaged
 from ._checkpoint import check, check_keys
-from ._damping import Relative, gamma_of, raised
+from ._damping import Relative, gamma_of, of_rows, raised
 from ._layer import Layer
 from ._squares import mean_squares
 from ._statistics import Statistic
@@ -32,13 +34,6 @@ LADDER = tuple(10**k for k in range(5))
 TOLERATED = 2  # failures in a row
 
 
-class Averaged(NamedTuple):
-    """The averages, with each weight that is shared by layers once."""
-
-    layers: dict[str, LayerFactors]
-    links: tuple[Link, ...]
-
-
 class Inverses:
     """The inverse of each layer by itself, as a structure has it."""
 
@@ -47,6 +42,7 @@ class Inverses:
         self.inverses: dict[str, Any] = {}
         self.fitted: dict[str, Any] = {}  # what they are made of, where that changes between refreshes
         self.failures: dict[str, int] = {}
+        self.rows: dict[str, float] = {}  # that the averages are worth
 
     @property
     def keeps_uses(self) -> bool:
@@ -65,6 +61,7 @@ class Inverses:
         Raises:
             LinAlgError: a layer has failed three times in a row.
         """
+        self.rows = factors.rows
         turns = turns_of(factors.layers.values(), period)
         layers = zip(factors.layers.items(), turns, strict=True)
         self.renew(
@@ -89,7 +86,7 @@ class Inverses:
     def take_squares(self, name: str, squares: Tensor | None, decay: float, damping: Any) -> None:
         """Of the gradients in the layer's own basis."""
         observed = self.structure.observed((self.fitted[name],), [squares], decay=decay)  # type: ignore[attr-defined]
-        self.fitted[name], self.inverses[name] = self._inverse(observed, gamma_of(damping, observed[0]))
+        self.fitted[name], self.inverses[name] = self._inverse(observed, self.gamma(name, observed[0], damping))
 
     def apply(self, Vs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """(name, V) to (name, the preconditioned V), one layer at a time; a layer without an inverse keeps its V."""
@@ -130,7 +127,11 @@ class Inverses:
         """What is fitted to a layer, and its inverse."""
         old = (self.fitted[name],) if name in self.fitted else None
         fitted = self.structure.fitted(Factors((layer,)), old)
-        return self._inverse(fitted, gamma_of(damping, fitted[0] if self.structure.observes else layer))
+        return self._inverse(fitted, self.gamma(name, fitted[0] if self.structure.observes else layer, damping))
+
+    def gamma(self, name: str, fitted: Any, damping: Relative | float, times: float = 1) -> Any:
+        """That of a layer, with so many times its λ."""
+        return gamma_of(raised(of_rows(damping, fitted, self.rows.get(name, math.inf)), times), fitted)
 
     def _inverse(self, fitted: Any, gamma: Any) -> tuple[Any, Any]:
         kept = fitted[0] if self.structure.observes else None
@@ -140,7 +141,7 @@ class Inverses:
         """The first above the lowest rung whose inverse is finite."""
         for times in LADDER:
             wide = cast(layer, torch.float64)
-            fitted, gamma = self.structure.fitted(Factors((wide,)), None), gamma_of(raised(damping, times), wide)
+            fitted, gamma = self.structure.fitted(Factors((wide,)), None), self.gamma(name, wide, damping, times)
             kept, inverse = (_as(x, _dtype(layer)) for x in self._inverse(fitted, gamma))
             if are_finite([_telling(kept, inverse)])[0]:
                 return kept, inverse

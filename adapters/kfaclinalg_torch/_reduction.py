@@ -52,8 +52,8 @@ def shared(
 ) -> dict[str, LayerFactors]:
     """A and G over all processes, of the blocks that this one owns, or that have no owner, by their names.
 
-    What nobody has seen is left out; `statistic.shown` is what any process has. All that it has seen is in its sums, or
-    on an `early` trip. `wire` is the dtype on the way.
+    What nobody has seen is left out; `statistic.rows` are of what any process has. All that this one has seen is in its
+    sums, or on an `early` trip. `wire` is the dtype on the way.
     """
     team, dtype, work = statistic.team, statistic.dtype, statistic.work
     blocks = sorted(statistic.all, key=lambda block: block.name)
@@ -63,7 +63,7 @@ def shared(
     statistic.work = type(work)(model // team.size, added // team.size)
     statistic.steady = once // team.size if once * once == team.size * twice else 0
     of = {block.name: r for block, r in zip(blocks, rows, strict=True) if r and N}
-    statistic.shown = set(of)
+    statistic.rows = of
     trips = [] if early is None else [early]
     if left or not trips:
         trips.append(departed(team, statistic, [b for b in blocks if b.name in of], scale, owners, wire))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kfaclinalg import Diagonal, Eigen, Exact, LayerFactors, tikhonov_pi
 
-from ._damping import gamma_of
 from ._optimizer import KFAC
 from ._preconditioner import KFACPreconditioner
 from ._report_page import PAGE, pictures_of, table
@@ -76,7 +75,7 @@ def _spectrum(optimizer: KFAC | KFACPreconditioner, name: str, layer: LayerFacto
     else:
         fitted, structure = optimizer._inverses.fitted.get(name, layer), optimizer.structure
         last = max(optimizer._steps - 1, 0)
-        gamma = gamma_of(at(last, "damping", optimizer.damping), fitted)
+        gamma = optimizer._inverses.gamma(name, fitted, at(last, "damping", optimizer.damping))
     products = a[..., :, None] * g[..., None, :]  # of each member of a batch
     lam = torch.as_tensor(gamma, dtype=torch.float64).cpu()[..., None, None] ** 2
     gamma = _mean(gamma)

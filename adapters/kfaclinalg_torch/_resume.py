@@ -127,7 +127,7 @@ def _claim(grid: Grid, layers: Sequence[Layer], means: dict[str, Any], inverses:
     duties, parts = Duties(layers, grid.all.size), (means["moments"], inverses)
     averaged = {name for name, owner in duties.of_block.items() if owner == grid.all.rank}
     held = {name for name, owner in duties.owner.items() if grid.column_of(owner) == grid.row.rank}
-    everyones = zip(*grid.all.told((means["known"], tuple(inverses)), "a state"), strict=True)
+    everyones = zip(*grid.all.told((tuple(means["rows"]), tuple(inverses)), "a state"), strict=True)
     known = [{name for some in names for name in some} for names in everyones]
     own = known if grid.replicated else [one & mine for one, mine in zip(known, (averaged, held), strict=True)]
     with grid.all.agreed(LOADING):

@@ -45,7 +45,7 @@ class Statistic:
         self, blocks: Sequence[Block], sharing: Mapping[str, str], dtype: torch.dtype, keep: bool, team: Team = ALONE
     ) -> None:
         self.all, self.sharing, self.dtype, self.keep, self.team = blocks, sharing, dtype, keep, team
-        self.shown: set[str] = set()
+        self.rows: dict[str, int] = {}  # of each block by its name, over all processes
         self.sums: dict[Block, Sums] = {}
         self.uses: dict[tuple[int, int], list[tuple[Use, Tensor]]] = {}
         self._rows: dict[Any, tuple[Use, Tensor]] = {}
@@ -121,6 +121,7 @@ class Statistic:
             return dict(shared(self, scale, {}, self.dtype))
         self.unpool()
         N = self.examples
+        self.rows = {block.name: sums.rows for block, sums in self.sums.items() if sums.rows}
         found: dict[str, LayerFactors | Held] = {
             block.name: LayerFactors(
                 _as_side(sums.A.to(self.dtype) / sums.rows), _as_side(scale**2 * sums.G.to(self.dtype) / max(N, 1))
@@ -131,6 +132,7 @@ class Statistic:
         for block, (use, g) in self._rows.items():
             x, s = use.pair(g, self.dtype)
             a, rows = block.inputs(x, N := use.examples()).flatten(0, 1), block.outputs(x, s, N).flatten(0, 1)
+            self.rows[block.name] = len(a)
             found[block.name] = Held(a, rows * (scale * (len(a) / self.examples) ** 0.5))
         return dict(sorted(found.items()))
 

@@ -43,7 +43,7 @@ def _state(p: Any) -> list[tuple[Any, dict[str, Any]]]:
     names = {
         p: ("_periods",),
         p._estimate: ("rejected",),
-        p._estimate.averages: ("layers", "links", "taken", "known"),
+        p._estimate.averages: ("layers", "links", "taken", "rows"),
         p._inverses: ("inverses", "fitted", "failures"),
     }
     return [(thing, {name: copy.copy(vars(thing)[name]) for name in some}) for thing, some in names.items()]
@@ -70,7 +70,7 @@ def _step(p: Any, exchange: Exchange) -> None:
         with everyone.agreed(BEGIN, *FACTS) as facts:
             ready = _begun(p, facts)
     new = _averaged(p, exchange, ready) if estimate.due else None
-    if not estimate.averages.taken and not (estimate.due and estimate.statistic.shown):
+    if not estimate.averages.taken and not (estimate.due and estimate.statistic.rows):
         raise nothing(p)
     _refresh(p, exchange, damping)
     if new is not None and p.structure.observes:
@@ -121,9 +121,8 @@ def _averaged(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> dict[str, A
     if exchange.grid.all.largest([not finite], "the statistics")[0]:
         estimate.rejected += 1
         return None
-    if statistic.shown:
-        estimate.averages.take(new, links, p._decay)
-        estimate.averages.known |= statistic.shown
+    if statistic.rows:
+        estimate.averages.take(new, links, statistic.rows, p._decay)
         layers = [layer for layer in exchange.layers.values() if _known(p, layer)]
         shapes = [layer.no_factors() for layer in layers]
         parts = exchange.grid.all.size, 1 if exchange.grid.replicated else exchange.grid.row.size
@@ -132,7 +131,7 @@ def _averaged(p: Any, exchange: Exchange, ready: Sequence[Layer]) -> dict[str, A
 
 
 def _known(p: Any, layer: Layer) -> bool:
-    return any(block.name in p._estimate.averages.known for block in layer.blocks)
+    return any(block.name in p._estimate.averages.rows for block in layer.blocks)
 
 
 def _refresh(p: Any, exchange: Exchange, damping: Any) -> None:
@@ -145,6 +144,7 @@ def _refresh(p: Any, exchange: Exchange, damping: Any) -> None:
         return
     turns = exchange.duties.turns(period)
     known = [name for name, layer in exchange.layers.items() if _known(p, layer)]
+    inverses.rows = averages.rows
     due = [name for name in known if p._steps % period == turns[name] or name not in exchange.templates]
     if due:
         layers = averages.layers
@@ -155,7 +155,7 @@ def _observe(p: Any, exchange: Exchange, new: dict[str, Any], damping: Any) -> N
     """The squares of the gradients in each layer's basis, which is its owner's and lent to the others."""
     statistic, inverses = p._estimate.statistic, p._inverses
     for name, layer in exchange.layers.items():
-        shown = any(block.name in statistic.shown for block in layer.blocks)
+        shown = any(block.name in statistic.rows for block in layer.blocks)
         if not (shown and name in exchange.templates and exchange.in_basis(name)):
             continue
         if layer.dense is not None:

@@ -45,6 +45,7 @@ CASES = {
     "all masked": {"mask": "whole parts"},
     "all masked, clipped": {"mask": "whole parts", "kl_clip": 1e-3},
     "eigen": {"structure": "eigen", "mask": "whole parts", "steps": 1},  # later A and G have null spaces, of any basis
+    "eigen, relative damping": {"structure": "eigen", "damping": Relative(0.1), "mask": "whole parts", "steps": 1},
     "none": {"split": (0, 5, 7, 0)},
     "its own loss": SUM | {"split": (0, 5, 7, 0)},
     "scaled": {"scaled": True, "split": (0, 5, 7, 0), "steps": 1},

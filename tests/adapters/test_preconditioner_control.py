@@ -19,9 +19,9 @@ from training import (
     preconditioned,
 )
 
-from kfaclinalg import Exact, Factors, LayerFactors, Link, block_tridiagonal_inverse
+from kfaclinalg import Exact, Factors, LayerFactors, Link, LowRank, block_tridiagonal_inverse
 from kfaclinalg_torch import KFACPreconditioner, Relative
-from kfaclinalg_torch._damping import gammas_of
+from kfaclinalg_torch._damping import gamma_of
 
 LAYERS = ("0", "2", "4")
 
@@ -63,17 +63,97 @@ def exact(A, G, V, fraction):
 @pytest.mark.parametrize("fraction", [1e-3, 0.1, 3.0])
 @pytest.mark.parametrize(("structure", "reference"), [("block-diagonal", factored), (Exact(), exact)])
 def test_a_relative_damping_is_a_part_of_the_mean_eigenvalue(structure, reference, fraction):
-    (V, U), factors = case(damping=Relative(fraction), length=None, structure=structure)
+    (V, U), factors = case(damping=Relative(fraction, sampling=False), length=None, structure=structure)
     for name, (A, G) in factors.items():
         expected = reference(A, G, V[name], fraction)
         bound = 100 * torch.finfo(torch.float32).eps / fraction  # cond of the damped factors
         torch.testing.assert_close(U[name], expected, rtol=0, atol=bound * float(expected.abs().max()))
 
 
+SIZES = 40, 8, 24  # of three batches; with a decay of 0.6 their weights are 0.3, 0.3 and 0.4
+ROWS = 1 / (0.3**2 / 40 + 0.3**2 / 8 + 0.4**2 / 24)
+EACH = {"decay": 0.6, "statistics_period": 1, "inverse_period": 1, "length": None}
+
+
+def of_sizes(n, m, fraction=0.1, rows=ROWS):
+    """With the sampling errors of A and G."""
+    return math.sqrt((fraction + (n - 1) / rows) * (fraction + (m - 1) / rows))
+
+
+@pytest.mark.parametrize(("structure", "reference"), [("block-diagonal", factored), (Exact(), exact)])
+def test_the_sampling_error_of_the_averages_is_added_to_a_relative_damping(structure, reference):
+    model = network(4, 6, 5, 3)
+    preconditioner = preconditioned(model, "exact", structure=structure, **EACH)
+    for N in SIZES:
+        model.zero_grad()
+        backward(model, preconditioner, *batch(N=N))
+        V = gradients(model)
+        preconditioner.step()
+    U, factors = gradients(model), preconditioner.layers
+    for name in LAYERS:
+        A, G = (M.double() for M in factors[name])
+        expected = reference(A, G, with_bias(V, name), of_sizes(len(A), len(G)))
+        bound = 1000 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+        torch.testing.assert_close(with_bias(U, name), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(("sharing", "positions"), [("reduce", 1), ("expand", 7)])
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal", "eigen", Exact(), LowRank(4)])
+def test_every_structure_takes_it(structure, sharing, positions):
+    """For one layer it is a larger fraction. The positions of an example are rows; in the reduce setting it is one."""
+    updates, options = [], EACH | {"weight_sharing": sharing}
+    for damping in (Relative(0.1), Relative(of_sizes(5, 3, rows=positions * ROWS), sampling=False)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        preconditioner = preconditioned(model, "exact", structure=structure, damping=damping, **options)
+        for N in SIZES:
+            model.zero_grad()
+            x = torch.randn(N, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(N))
+            backward(model, preconditioner, x, torch.zeros(N, 7), loss=lambda z, y: z.square().mean())
+            preconditioner.step()
+        updates.append(gradients(model))
+    assert_near(*updates)
+
+
+def test_a_diagonal_side_and_one_of_one_dimension_have_no_sampling_error():
+    model = nn.Embedding(9, 3).double()
+    updates = []
+    for damping in (Relative(0.1), Relative(math.sqrt(0.1 * (0.1 + 2 / 20)), sampling=False)):
+        preconditioner = preconditioned(model, "exact", damping=damping, length=None)
+        model.zero_grad()
+        backward(model, preconditioner, torch.arange(20) % 9, torch.arange(20) % 3)
+        preconditioner.step()
+        updates.append([model.weight.grad.clone()])
+        preconditioner.remove()
+    assert_near(*updates)
+
+
+def test_what_averages_are_worth_is_part_of_a_state():
+    def run(stop):
+        model = network(4, 6, 5, 3)
+        optimizer = preconditioned(model, **EACH)
+        for k, N in enumerate(SIZES):
+            if stop == k:
+                state = optimizer.state_dict()
+                optimizer.remove()
+                optimizer = preconditioned(model, **EACH)
+                optimizer.load_state_dict(state)
+            model.zero_grad()
+            backward(model, optimizer, *batch(N=N))
+            optimizer.step()
+        return gradients(model), optimizer._estimate.averages.rows
+
+    (whole, rows), (resumed, again) = run(None), run(2)
+    assert_same(whole, resumed)
+    assert rows == again == dict.fromkeys(LAYERS, pytest.approx(ROWS))
+
+
 def test_the_eigen_form_is_damped_by_a_part_of_its_own_mean_eigenvalue():
     """A ⊗ G has another mean than the second moments of the gradients along its eigenvectors."""
     model, fraction = nn.Linear(4, 3, bias=False).double(), 0.3
-    preconditioner = preconditioned(model, "exact", structure="eigen", damping=Relative(fraction), length=None)
+    preconditioner = preconditioned(
+        model, "exact", structure="eigen", damping=Relative(fraction, sampling=False), length=None
+    )
     backward(model, preconditioner, torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)
     V = model.weight.grad.clone()
     preconditioner.step()
@@ -123,7 +203,7 @@ def test_in_a_chain_each_layer_has_a_damping_of_its_own():
         return block_tridiagonal_inverse(Factors(layers, links), gamma_of(layers))
 
     fraction = 0.2
-    came = inverse(rows, slopes, lambda layers: gammas_of(Relative(fraction), layers))
+    came = inverse(rows, slopes, lambda layers: tuple(gamma_of(Relative(fraction), layer) for layer in layers))
     even = zip(rows, slopes, means, strict=True)
     unit = [(x / a**0.5, g / b**0.5) for x, g, (a, b) in even]
     expected = inverse(*zip(*unit, strict=True), lambda layers: fraction**0.5)

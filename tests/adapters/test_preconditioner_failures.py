@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten
 from training import ESTIMATORS, assert_near, assert_same, batch, dense, gradients, network, one_step, preconditioned
 
 from kfaclinalg import Exact, Factored, Factors, Kronecker, LayerFactors, LinAlgError, block_diagonal_inverse
-from kfaclinalg_torch._inverses import Averaged, Inverses
+from kfaclinalg_torch._averages import Averaged
+from kfaclinalg_torch._inverses import Inverses
 
 FACTORED = Factored()
 
@@ -21,7 +22,7 @@ FACTORED = Factored()
 def refreshed(A, G, damping, structure=FACTORED):
     """The inverse that one refresh makes of these factors."""
     found = Inverses(structure, ())
-    found.refresh(0, 1, damping, Averaged({"layer": LayerFactors(A, G)}, ()))
+    found.refresh(0, 1, damping, Averaged({"layer": LayerFactors(A, G)}, (), {}))
     return found.inverses["layer"]
 
 
@@ -49,7 +50,7 @@ def test_what_float64_cannot_invert_gets_more_damping_but_not_without_bound():
     (expected,) = block_diagonal_inverse(wide, 1e-13**0.5).blocks  # 10 times is γ = 1e-7, too little
     torch.testing.assert_close(came.A.double(), expected.A, rtol=1e-5, atol=0)
     indefinite = Inverses(Factored(), ())
-    indefinite.refresh(0, 1, 1e-15, Averaged({"layer": LayerFactors(torch.diag(torch.tensor([1.0, -1.0])), G)}, ()))
+    indefinite.refresh(0, 1, 1e-15, Averaged({"layer": LayerFactors(torch.diag(torch.tensor([1.0, -1.0])), G)}, (), {}))
     assert indefinite.inverses == {}
 
 
@@ -57,7 +58,7 @@ def test_an_inverse_that_only_float64_holds_is_not_an_inverse():
     """1e45 is finite in float64 and infinite in float32: a NaN in the gradient."""
     singular = torch.diag(torch.tensor([1.0, 0.0]))
     inverses = Inverses(Factored(), ())
-    inverses.refresh(0, 1, 1e-90, Averaged({"layer": LayerFactors(singular, torch.eye(2))}, ()))
+    inverses.refresh(0, 1, 1e-90, Averaged({"layer": LayerFactors(singular, torch.eye(2))}, (), {}))
     ((_, U),) = inverses.apply([("layer", torch.diag(torch.tensor([1.0, 0.0])))])
     assert bool(U.isfinite().all())
 

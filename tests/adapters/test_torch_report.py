@@ -116,10 +116,12 @@ def test_the_page_shows_the_damping_of_ekfac_by_its_own_eigenvalues(data, tmp_pa
     _, watch, _ = trained(uneven, watched=True, structure="eigen", damping=Relative(0.1))
     report(watch.optimizer, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    expected = 0.1 * float(watch.optimizer._inverses.fitted["0"].eigenvalues.mean())
+    eigenvalues, rows = watch.optimizer._inverses.fitted["0"].eigenvalues, watch.optimizer._estimate.averages.rows["0"]
+    m, n = eigenvalues.shape
+    expected = ((0.1 + (n - 1) / rows) * (0.1 + (m - 1) / rows)) ** 0.5 * float(eigenvalues.mean())
     assert float(cells(page, "0")[5]) == pytest.approx(expected, rel=0.06)
     A, G = watch.optimizer.layers["0"]
-    assert expected < 0.85 * 0.1 * float(A.diagonal().mean() * G.diagonal().mean())
+    assert float(eigenvalues.mean()) < 0.85 * float(A.diagonal().mean() * G.diagonal().mean())
 
 
 def test_the_eigenvalues_of_groups_are_those_of_each(data, tmp_path):
