@@ -15,9 +15,9 @@ from ._estimators import Empirical, ExactFisher, Sampled
 from ._kfac import KFAC
 from ._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ._network import Network
+from ._plan import PreconditionState
 from ._precondition import precondition
 from ._statistics import Statistics
-from ._transformation import PreconditionState
 
 __all__ = [
     "KFAC",

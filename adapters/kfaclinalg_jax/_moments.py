@@ -65,6 +65,12 @@ class Shown(NamedTuple):
             columns.append(sum(terms[1:], terms[0]))
         return jnp.stack(columns, axis=-1)
 
+    def rows(self, layer: Layer) -> int:
+        """How many A is the mean of, of all uses."""
+        if layer.kind != "linear":
+            return self.N
+        return sum(prod(a.shape[-3:-1]) for use in layer.uses for a in self.inputs(layer, use))
+
     def A(self, layer: Layer) -> list[Any]:
         """E[a aᵀ] over all rows of each use."""
         if layer.kind == "linear":

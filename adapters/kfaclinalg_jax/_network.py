@@ -151,7 +151,7 @@ class Network:
     def _over_devices(self, loss: Any, gradient: Any, statistics: Statistics) -> tuple[Any, Any, Statistics]:
         """The means over the axis of `shard_map`; rows stay where they are."""
         means = jax.lax.pmean((loss, gradient, versions.varying(statistics.moments, self.axis_name)), self.axis_name)
-        return means[0], means[1], Statistics(means[2], statistics.rows)
+        return means[0], means[1], statistics._replace(moments=means[2])
 
     def check(self, params: Any, x: Any) -> dict[str, float]:
         """Whether Σ g aᵀ is the gradient, for a random cotangent of the outputs: the relative error of each layer.

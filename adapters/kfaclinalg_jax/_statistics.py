@@ -17,11 +17,12 @@ class Statistics(NamedTuple):
     """What a batch says of the curvature: a pytree, to be given to an optimizer as `statistics=`.
 
     `moments` are a `LayerFactors` by the name of each layer, A = E[a aᵀ] over all rows and G = Σ g gᵀ/N of N examples;
-    `rows` are what they are made of, for the layers and structures that take more than that.
+    `counted` are the numbers of the rows, and `rows` these, for the layers and structures that take more than moments.
     """
 
     moments: dict[str, Any]
     rows: dict[str, Rows]
+    counted: dict[str, Any]
 
 
 def statistics_of(
@@ -49,4 +50,6 @@ def statistics_of(
         G, rows = jax.lax.scan(step, varying(zeros, axis), jnp.arange(draws))
     moments = {layer.name: factors(layer, shown.A(layer), [M / shown.N for M in G[layer.name]]) for layer in layers}
     inputs = {layer.name: shown.inputs(layer, layer.uses[0]) for layer in kept}
-    return Statistics(moments, {name: Rows(a, rows[name]) for name, a in inputs.items()})
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    counted = {layer.name: jnp.asarray(float(devices * shown.rows(layer))) for layer in layers}
+    return Statistics(moments, {name: Rows(a, rows[name]) for name, a in inputs.items()}, counted)

@@ -1,10 +1,10 @@
-"""The state of a preconditioner, and its step: a pure function of arrays, compiled once."""
+"""The step of a preconditioner: a pure function of arrays, compiled once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +15,12 @@ from . import _versions as versions
 from ._control import Control, of_length, periods, turns
 from ._devices import divided
 from ._groups import Group, grouped
-from ._inverses import Inverse, are_finite, blank, observed, refreshed
+from ._inverses import Inverse, are_finite, observed, refreshed
 from ._network import Network
+from ._plan import Plan, PreconditionState, blank_state
 from ._squares import mean_squares
 from ._statistics import Statistics
 from ._trees import by_name, check_leaves, listed
-
-
-class PreconditionState(NamedTuple):
-    """What the next steps depend on; the averages and inverses are of groups of layers of equal shapes."""
-
-    step: Any
-    taken: Any  #: statistics in the averages
-    rejected: Any  #: batches whose statistics or gradients were not finite
-    averages: tuple[Any, ...]
-    inverses: tuple[Inverse, ...]
-
-
-class Plan(NamedTuple):
-    """What is known of the layers that are there: their groups, and when each is due."""
-
-    groups: list[Group]
-    turns: list[int]
-    statistics_period: int
-    inverse_period: int
-    state: Any  # its shapes
-    of: str  # which parameters
 
 
 class Transformation:
@@ -63,24 +43,15 @@ class Transformation:
             chosen = periods(layers, moments, self.structure, self.draws)
             of_statistics, of_inverses = (self.control.period(name, chosen) for name in chosen)
             groups = grouped(layers, self.moments, self.leaves)
-            state = jax.eval_shape(self.zeros(groups))
+            state = jax.eval_shape(blank_state(self.structure, groups))
             without = listed([name for name in self.names if name not in there])
             of = f"parameters without {without}, like the gradient" if without else "all parameters"
             self.plans[there] = Plan(groups, turns(moments, of_inverses), of_statistics, of_inverses, state, of)
         return self.plans[there]
 
-    def zeros(self, groups: list[Group]) -> Any:
-        def made() -> PreconditionState:
-            averages = tuple(group.zeros() for group in groups)
-            inverses = tuple(blank(self.structure, group.moments, len(group.layers)) for group in groups)
-            step, taken, rejected = (jnp.zeros((), jnp.int32) for _ in range(3))
-            return PreconditionState(step, taken, rejected, averages, inverses)
-
-        return jax.jit(made)  # one program, not one for each shape
-
     def init(self, params: Any) -> PreconditionState:
         check_leaves("params", params, self.params, "parameters of the network", some=True)
-        state: PreconditionState = self.zeros(self.plan(by_name(params)).groups)()
+        state: PreconditionState = blank_state(self.structure, self.plan(by_name(params)).groups)()
         return state
 
     def update(
@@ -109,7 +80,7 @@ class Transformation:
         others = {name: g for name, g in leaves.items() if name not in known}
         finite = are_finite([*Vs, *others.values()])
         damping = self.control.damping_at(step)
-        taken, rejected, averages = state.taken, state.rejected, state.averages
+        taken, rejected, averages = state.taken, state.rejected, (state.averages, state.spread)
         takes: Any = False
         if statistics is not None:
             early = self.control.is_early("statistics_period", step, plan.statistics_period)
@@ -117,21 +88,22 @@ class Transformation:
             new = [group.stacked(statistics.moments) for group in plan.groups]
             takes = due & finite & are_finite(jax.tree.leaves(new))
             taken, rejected = taken + takes, rejected + (due & ~takes)
-            averages = self._averaged(plan, averages, new, takes, taken)
+            rows = [group.stacked(statistics.counted) for group in plan.groups]
+            averages = self._averaged(plan, averages, (new, rows), takes, taken)
         early = self.control.is_early("inverse_period", step, plan.inverse_period)
         inverses = []
-        for group, old, M in zip(plan.groups, state.inverses, averages, strict=True):
+        for group, old, *average in zip(plan.groups, state.inverses, *averages, strict=True):
             turn = jnp.asarray([plan.turns[i] for i in group.places])
             wanted = (early | (step % plan.inverse_period == turn) | ~old.ready) & (taken > 0)
-            made = self.refresh(damping)(M, old, wanted)
+            made = self.refresh(damping)(tuple(average), old, wanted)
             if self.structure.observes and statistics is not None:
-                made = self._observed(plan, group, made, statistics, takes, damping)
+                made = self._observed(plan, group, made, statistics, average[1], takes, damping)
             inverses.append(made)
         Vs = [jnp.where(finite, V, 0.0) for V in Vs]
         found = {name: jnp.where(finite, g, jnp.zeros_like(g)) for name, g in others.items()}
         found |= self._applied(plan, leaves, Vs, inverses, step)
         updates = jax.tree.unflatten(jax.tree.structure(updates), [found[name] for name in leaves])
-        return updates, PreconditionState(step + 1, taken, rejected, averages, tuple(inverses))
+        return updates, PreconditionState(step + 1, taken, rejected, *averages, tuple(inverses))
 
     def _check(self, plan: Plan, state: Any, statistics: Any) -> None:
         if not isinstance(state, PreconditionState):
@@ -147,8 +119,8 @@ class Transformation:
             raise ValueError("statistics have no rows, expected those of a Network(..., keep='rows')")
 
     def refresh(self, damping: Any) -> Any:
-        def one(M: Any, old: Inverse, wanted: Any) -> Inverse:
-            return refreshed(self.structure, M, old, wanted, damping)
+        def one(average: Any, old: Inverse, wanted: Any) -> Inverse:
+            return refreshed(self.structure, average, old, wanted, damping)
 
         return divided(one, self.axis_name, self.control.sharding)
 
@@ -158,13 +130,16 @@ class Transformation:
         epsilon = jnp.minimum(1 - 1 / jnp.maximum(taken, 1).astype(float), bound)
 
         def mixed() -> Any:
-            pairs = zip(old, new, strict=True)
-            return tuple(moving_average(Factors((x,)), Factors((y,)), decay=epsilon).layers[0] for x, y in pairs)
+            moments, spread = (zip(*pair, strict=True) for pair in zip(old, new, strict=True))
+            return (
+                tuple(moving_average(Factors((x,)), Factors((y,)), decay=epsilon).layers[0] for x, y in moments),
+                tuple((epsilon**2 * q + (1 - epsilon) ** 2 / R).astype(q.dtype) for q, R in spread),
+            )
 
         return jax.lax.cond(takes, mixed, lambda: old)
 
     def _observed(
-        self, plan: Plan, group: Group, old: Inverse, statistics: Statistics, takes: Any, damping: Any
+        self, plan: Plan, group: Group, old: Inverse, statistics: Statistics, spread: Any, takes: Any, damping: Any
     ) -> Any:
         """With EKFAC's squares, where the layers have a basis."""
         if not isinstance(old.fitted, KroneckerEigen):
@@ -176,7 +151,7 @@ class Transformation:
             names = [layer.name for layer in group.layers]
             squares = [mean_squares(statistics, name, F) for name, F in zip(names, members, strict=True)]
             mean = jnp.stack(squares) if self.axis_name is None else jax.lax.pmean(jnp.stack(squares), self.axis_name)
-            return observed(self.structure, old, mean, decay, damping)
+            return observed(self.structure, old, mean, spread, decay, damping)
 
         return jax.lax.cond(takes, seen, lambda: old)
 

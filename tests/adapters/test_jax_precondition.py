@@ -1,5 +1,6 @@
 """The preconditioner of optax: the other adapter's updates, what it composes with, and what makes it compile."""
 
+import math
 import re
 from functools import partial
 
@@ -43,6 +44,7 @@ def stepper(net, tx, y):
         {"structure": "eigen"},
         {"structure": Exact(), "inverse_period": 2, "statistics_period": 3},
         {"structure": LowRank(2), "damping": Relative(0.01), "length": 0.01},
+        {"structure": Exact(), "damping": Relative(0.3, sampling=False)},
         {"damping": 0.1, "kl_clip": 1e-4, "inverse_period": 3},
     ],
     ids=",".join,
@@ -51,7 +53,7 @@ def test_the_updates_are_those_of_the_other_adapter(options):
     model, x = Texts(), torch.randint(7, (10, 6, 3))
     y = torch.randint(5, (6, 3))
     params = as_params(model)
-    theirs = {k: TorchRelative(v.fraction) if isinstance(v, Relative) else v for k, v in options.items()}
+    theirs = {k: TorchRelative(v.fraction, v.sampling) if isinstance(v, Relative) else v for k, v in options.items()}
     preconditioner = KFACPreconditioner(model, likelihood="categorical", estimator="exact", **theirs)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     keep = "rows" if options.get("structure") == "eigen" else "moments"
@@ -106,6 +108,27 @@ def test_it_composes_and_compiles_once(compose):
         first = loss if first is None else first
     assert loss < first
     assert step._cache_size() == 1
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("structure", ["block-diagonal", "eigen", Exact(), LowRank(3)])
+def test_the_sampling_error_of_the_averages_is_added_to_a_relative_damping(structure):
+    """Three batches of 40, 8 and 24 with the weights 0.3, 0.3 and 0.4: of one layer it is a larger fraction."""
+    rows, (n, m) = 1 / (0.3**2 / 40 + 0.3**2 / 8 + 0.4**2 / 24), (4, 3)
+    fraction = math.sqrt((0.1 + (n - 1) / rows) * (0.1 + (m - 1) / rows))
+    params = {"W": jax.random.normal(KEY, (n, m))}
+    net = Network(lambda p, x: x @ p["W"], "gaussian", example=(params, jnp.ones((5, n))), keep="rows")
+    options = {"structure": structure, "decay": 0.6, "statistics_period": 1, "inverse_period": 1, "length": None}
+    found = []
+    for damping in (Relative(0.1), Relative(fraction, sampling=False)):
+        tx = precondition(net, damping, **options)
+        state = tx.init(params)
+        for N in (40, 8, 24):
+            x = jax.random.normal(jax.random.key(N), (N, n))
+            _, gradient, statistics = net.value_grad_and_statistics(params, x, jnp.ones((N, m)), key=KEY)
+            updates, state = tx.update(gradient, state, statistics=statistics)
+        found.append(updates)
+    np.testing.assert_allclose(found[0]["W"], found[1]["W"], rtol=1e-9)
 
 
 def test_the_steps_of_a_group_of_batches_are_those_of_their_mean():
