@@ -348,6 +348,8 @@ def test_mistakes_in_the_options():
             precondition(net, **options)
     with pytest.raises(ValueError, match="fraction is -1"):
         Relative(-1)
+    with pytest.raises(TypeError, match="sampling is"):
+        Relative(0.1, sampling=None)
     with pytest.raises(TypeError, match="net is a function, expected a Network"):
         precondition(lambda p, x: x)
 

@@ -230,6 +230,12 @@ def test_a_fraction_is_a_number(fraction):
         Relative(fraction)
 
 
+@pytest.mark.parametrize("sampling", [1, None, "no"])
+def test_the_sampling_error_is_added_or_not(sampling):
+    with pytest.raises(TypeError, match="sampling is"):
+        Relative(0.1, sampling=sampling)
+
+
 # -- the length of the update --
 
 
