@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 import kfaclinalg
@@ -69,7 +70,8 @@ class Shown(NamedTuple):
         """How many A is the mean of, of all uses."""
         if layer.kind != "linear":
             return self.N
-        return sum(prod(a.shape[-3:-1]) for use in layer.uses for a in self.inputs(layer, use))
+        shapes = jax.eval_shape(lambda: [a for use in layer.uses for a in self.inputs(layer, use)])
+        return sum(prod(a.shape[-3:-1]) for a in shapes)
 
     def A(self, layer: Layer) -> list[Any]:
         """E[a aᵀ] over all rows of each use."""
