@@ -158,7 +158,9 @@ def rebuilt(cls: type[T], values: Iterable[Any]) -> T:
 
 
 def as_scipy_on_matrices(self: Any) -> LinearOperator:
-    """A scipy.sparse.linalg.LinearOperator on vec(V), the columns of V stacked, for cg, minres, eigsh and the like.
+    """A scipy.sparse.linalg.LinearOperator on vec(V), the columns of V stacked, for cg, lsqr, eigsh and the like.
+
+    It is its own adjoint, for a symmetric operator.
 
     Raises:
         TypeError, ValueError: the arrays are not NumPy's, or it is a batch of operators.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from backends import EAGER, JAX, NUMPY, TORCH, eager_backends, uncompiled_backends
-from scipy.sparse.linalg import cg, eigsh
+from scipy.sparse.linalg import cg, eigsh, lsqr
 
 from kfaclinalg import _backends, _checks
 from kfaclinalg._backends.pytrees import _pending
@@ -460,7 +460,8 @@ def test_as_scipy_acts_on_stacked_columns(operator):
     assert F.shape == whole.shape
     assert F.dtype == np.float64
     for x in (X, X[:, 0], X[:, :1], X[:, :0], X.astype(np.float32), np.ones(len(whole), dtype=int)):
-        np.testing.assert_allclose(F @ x, whole @ x, rtol=1e-6 if x.dtype == np.float32 else 1e-12, atol=1e-12)
+        for applied in (F @ x, F.H @ x):
+            np.testing.assert_allclose(applied, whole @ x, rtol=1e-6 if x.dtype == np.float32 else 1e-12, atol=1e-12)
     with pytest.raises(TypeError, match="Cannot cast"):
         F @ (1j * X)
 
@@ -477,9 +478,11 @@ def test_as_scipy_serves_its_solvers():
     x = np.random.default_rng(0).standard_normal((2, 3, 3))
     P = Product(x[0] @ x[0].T + np.eye(3), x[1] @ x[1].T + np.eye(3))
     v = np.arange(9.0)
-    np.testing.assert_allclose(cg(P.as_scipy(), v, rtol=1e-12)[0], np.linalg.solve(dense([P]), v), rtol=1e-8)
+    inverse_v = np.linalg.solve(dense([P]), v)
+    np.testing.assert_allclose(cg(P.as_scipy(), v, rtol=1e-12)[0], inverse_v, rtol=1e-8)
     largest = eigsh(P.as_scipy(), k=1, return_eigenvectors=False)
     np.testing.assert_allclose(largest, np.linalg.eigvalsh(dense([P]))[-1], rtol=1e-10)
+    np.testing.assert_allclose(lsqr(P.as_scipy(), v, atol=1e-14, btol=1e-14, iter_lim=200)[0], inverse_v, rtol=1e-8)
     assert (P.astype(np.float32).as_scipy() @ v).dtype == np.float32
 
 

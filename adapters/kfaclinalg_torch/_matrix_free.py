@@ -83,7 +83,8 @@ class FisherOperator:
             Vs = self.split(torch.as_tensor(x, dtype=dtype, device=self._passes.device).reshape(-1))
             return damping * x.reshape(-1) + self.stacked(self.apply(Vs)).cpu().numpy()
 
-        return LinearOperator((size, size), matvec=matvec, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+        numpys = torch.empty(0, dtype=dtype).numpy().dtype
+        return LinearOperator((size, size), matvec=matvec, rmatvec=matvec, dtype=numpys)
 
     def stacked(self, Vs: Sequence[Tensor]) -> Tensor:
         """The columns of all matrices in one vector."""

@@ -80,7 +80,7 @@ def linear_operator(
     shapes: Sequence[tuple[int, ...]],
     apply: Callable[[tuple[Any, ...]], Iterable[Any]],
 ) -> Any:
-    """`apply`, of a tuple of arrays (..., *shape), as an operator of SciPy on the stacked vecs of their matrices."""
+    """`apply`, symmetric, of a tuple of arrays (..., *shape), as SciPy's operator on the stacked vecs of matrices."""
     from scipy.sparse.linalg import LinearOperator
 
     if not all(isinstance(x, np.ndarray) for x in arrays):
@@ -96,4 +96,8 @@ def linear_operator(
         Vs = tuple(rows[:, i:j].reshape(len(rows), *batch, n, m).mT for (i, j), (*batch, m, n) in pieces)
         return np.concat([U.mT.reshape(len(rows), prod(U.shape[1:])) for U in apply(Vs)], axis=1).T
 
-    return LinearOperator((ends[-1], ends[-1]), matvec=lambda x: matmat(x.reshape(-1, 1)), matmat=matmat, dtype=dtype)
+    def matvec(x: Any) -> Any:
+        return matmat(x.reshape(-1, 1))
+
+    both = {"matvec": matvec, "rmatvec": matvec, "matmat": matmat, "rmatmat": matmat}
+    return LinearOperator((ends[-1], ends[-1]), dtype=dtype, **both)

@@ -423,7 +423,8 @@ def test_products_with_the_exact_fisher_and_the_gradient(name):
     )
     close(F.stacked(F @ F.split(v)), case.fisher(curvature) @ v)
     close(F.stacked(F.gradient()), case.gradients(curvature).mean(0))
-    np.testing.assert_allclose(F.as_scipy(0.5) @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
+    for operator in (F.as_scipy(0.5), F.as_scipy(0.5).H):
+        np.testing.assert_allclose(operator @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
 
 
 def test_the_fisher_operator_takes_matrices_in_the_dtype_of_the_factors():
