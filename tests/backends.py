@@ -112,5 +112,6 @@ GPU = [
 # JAX compiles anew for every shape, and outside of jit for every operation: float32 is tested outside of it and float64
 # inside, and random shapes are for the others. A test without `b.jit` has nothing to show inside.
 every_backend = pytest.mark.parametrize("b", [*EAGER, *JAX[1:], *GPU], ids=str)
+jit_backends = pytest.mark.parametrize("b", [*EAGER, JAX[2], *GPU], ids=str)
 uncompiled_backends = pytest.mark.parametrize("b", [*EAGER, JAX[1], *GPU], ids=str)
 eager_backends = pytest.mark.parametrize("b", [*EAGER, *GPU], ids=str)

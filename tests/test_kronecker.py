@@ -5,7 +5,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from backends import NUMPY, TORCH, Backend, eager_backends, every_backend, uncompiled_backends
+from backends import NUMPY, TORCH, Backend, eager_backends, every_backend, jit_backends, uncompiled_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import Sample, judge
@@ -210,30 +210,32 @@ def test_products_use_the_arrays_as_given(b, diagonal):
     np.testing.assert_allclose(b.numpy(P.apply_outer(b.array(V), b.array(R))), B @ V @ (A @ R).T, atol=100 * b.eps)
 
 
-@uncompiled_backends
+def all_of(P, V):
+    return P @ V, P.inverse() @ V, P.solve(V), P.logdet(), P.to_dense()
+
+
+@jit_backends
 def test_a_batch_is_a_loop(b):
     A, B = Sample(3, (2, 1)).spd(b), Sample(2, (4,)).spd(b)
     V = np.random.default_rng(0).standard_normal((2, 4, 2, 3))
     P = Kronecker(b.array(A), b.array(B))
-    for f in (lambda P, V: P @ V, lambda P, V: P.inverse() @ V, lambda P, V: P.solve(V)):
-        stacked = b.numpy(f(P, b.array(V)))
-        assert stacked.shape == (2, 4, 2, 3)
-        single = b.numpy(f(Kronecker(b.array(A[1, 0]), b.array(B[2])), b.array(V[1, 2])))
-        np.testing.assert_allclose(stacked[1, 2], single, rtol=testing.inverse_bound(b.eps**-0.6, b.eps))
-    assert b.numpy(P.logdet()).shape == (2, 4)
-    assert b.numpy(P.to_dense()).shape == (2, 4, 6, 6)
+    results = b.jit(all_of)(P, b.array(V))
+    single = b.jit(all_of)(Kronecker(b.array(A[1, 0]), b.array(B[2])), b.array(V[1, 2]))
+    for x, y in zip(map(b.numpy, results), map(b.numpy, single), strict=True):
+        assert x.shape == (2, 4, *y.shape)
+        np.testing.assert_allclose(x[1, 2], y, rtol=testing.inverse_bound(b.eps**-0.6, b.eps))
 
 
-@uncompiled_backends
+@jit_backends
 def test_a_failing_member_is_nan_as_a_whole(b):
     A, B = np.stack([np.eye(3)] * 3), np.stack([np.eye(2)] * 3)
     A[1, 0, 0] = -1
     B[2, 0, 1] = np.nan
-    P, V = Kronecker(b.array(A), b.array(B)), b.array(np.zeros((3, 2, 3)))
-    for U in (P.inverse() @ V, P.solve(V)):
-        assert (b.numpy(U)[0] == 0).all()
-        assert np.isnan(b.numpy(U)[1:]).all()
-    assert np.isnan(b.numpy(P.logdet())[1:]).all()
+    _, *Us, logdet, _ = map(b.numpy, b.jit(all_of)(Kronecker(b.array(A), b.array(B)), b.array(np.zeros((3, 2, 3)))))
+    for U in Us:
+        assert (U[0] == 0).all()
+        assert np.isnan(U[1:]).all()
+    assert np.isnan(logdet[1:]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
