@@ -75,6 +75,7 @@ LOW = LowRankPlusDiagonal(normal(N, 2), rounded(np.array([[1.0, -0.1]] * MEMBERS
 STRUCTURED = Kronecker(LOW, Diagonal(1 + normal(M) ** 2))
 BLOCKS = BlockDiagonal((K, DIAGONAL))
 FACTORS = Factors((LayerFactors(A, B), LayerFactors(B + D, A + C)), (Link(normal(N, M) / 20, normal(M, N) / 20),))
+LAYER = Factors((LayerFactors(A, B),))
 TRIDIAGONAL = block_tridiagonal_inverse(FACTORS, shift)
 CONDITION = max(np.linalg.cond(P.to_dense()).max() for P in (K, BASIS, PAIR, STRUCTURED, BLOCKS, TRIDIAGONAL))
 VS = (V, V.mT)
@@ -117,14 +118,13 @@ DEFINITE = {
     "KroneckerPair.inverse, solve, logdet": (solved, PAIR, V),
     "KroneckerPair.solve, smith": (lambda P, V: P.solve(V, method="smith"), PAIR, V),
     "Diagonal.inverse, solve, logdet": (solved, DIAGONAL, X),
-    "LowRankPlusDiagonal.inverse, logdet": (lambda P, X: (P.inverse() @ X, P.logdet()), LOW, X),
+    "LowRankPlusDiagonal.inverse, solve, logdet": (solved, LOW, X),
     "LowRankPlusDiagonal.inverse, sherman-morrison": (lambda P: P.inverse("sherman-morrison").to_dense(), LOW),
-    "LowRankPlusDiagonal.solve": (lambda P, X: P.solve(X), LOW, X),
     "BlockDiagonal.inverse, solve, logdet": (lambda P, V: (P.inverse() @ V, P.solve(V), P.logdet()), BLOCKS, (V, X)),
     "BlockTridiagonalInverse.logdet": (lambda P: P.logdet(), TRIDIAGONAL),
     "block_diagonal_inverse": (lambda F, gamma, V: block_diagonal_inverse(F, gamma) @ V, FACTORS, shift, VS),
     "block_tridiagonal_inverse": (lambda F, gamma, V: block_tridiagonal_inverse(F, gamma) @ V, FACTORS, shift, VS),
-    "low_rank_inverse": (lambda F, gamma, V: low_rank_inverse(F, gamma, rank=2) @ V, FACTORS, shift, VS),
+    "low_rank_inverse": (lambda F, gamma, V: low_rank_inverse(F, gamma, rank=2) @ (V,), LAYER, shift, V),
     "exactly_damped_inverse": (lambda F, shift, V: exactly_damped_inverse(F, shift) @ V, FACTORS, shift, VS),
 }
 # and these need no definite matrix.
