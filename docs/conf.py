@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 project = "kfaclinalg"
@@ -35,6 +38,10 @@ autosummary_ignore_module_all = False
 default_role = "code"  # single backticks in docstrings
 smartquotes = False
 suppress_warnings = ["config.cache"]  # of the gallery's settings
+
+# MathJax lies beside the pages, so that their formulas are set where there is no network.
+MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+mathjax_path = "mathjax/tex-chtml.js"
 
 # The scripts of these folders are run, and become pages with their output and pictures, and notebooks.
 sphinx_gallery_conf = {
@@ -70,6 +77,15 @@ def add_fields(app: Any, what: str, name: str, obj: object, *options_and_lines: 
             lines.append(f":param {field}: " + re.sub(r"([*|])", r"\\\1", text))
 
 
+def add_mathjax(app: Any, exception: Exception | None) -> None:
+    """Its script and its fonts, a twentieth of what the package has."""
+    if exception is None and app.builder.format == "html":
+        fonts, target = "output/chtml/fonts", Path(app.outdir, "_static", "mathjax")
+        shutil.copytree(MATHJAX / fonts, target / fonts, dirs_exist_ok=True)
+        shutil.copy(MATHJAX / "tex-chtml.js", target)
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_bare_field)
     app.connect("autodoc-process-docstring", add_fields)
+    app.connect("build-finished", add_mathjax)
