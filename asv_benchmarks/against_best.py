@@ -12,7 +12,7 @@ import json
 
 from against_peers import BY_HAND, HERE, LIMITS, OURS, OUTPUT, Row, best, library
 
-PROCESSORS = {"peers.json": "AMD EPYC, Zen 3, 7390bf8", "peers_zen5.json": "AMD EPYC, Zen 5, 2026-11-30"}
+PROCESSORS = {"peers.json": "Zen 3", "peers_zen5.json": "Zen 5"}
 ANOTHER = (BY_HAND, "singd, diagonal")  # no library, another method
 NAMES = {
     "J1": "A and G of a batch into the average",
@@ -27,8 +27,8 @@ NAMES = {
 }
 
 
-def line(rows: list[Row], job: str, size: str, processor: str) -> str | None:
-    """A row of the table; None where it was not measured, or nobody else has the operation."""
+def cells(rows: list[Row], job: str, size: str) -> list[str] | None:
+    """Over the best library, which that is, and over the limit; None where it was not measured, or only we have it."""
     found = best(rows, job, size)
     if OURS not in found:
         return None
@@ -37,20 +37,22 @@ def line(rows: list[Row], job: str, size: str, processor: str) -> str | None:
     if not peers:
         return None
     fastest = min(peers, key=lambda name: peers[name])
-    cells = [NAMES[job], size.removeprefix("float32 "), f"**{ours / peers[fastest]:.2f}**", fastest]
-    cells += [f"{ours:.2f}", "plain SGD" if job in ("J4", "J5") else "by hand", processor]
-    return f"| {' | '.join(cells)} |"
+    return [f"**{ours / peers[fastest]:.2f}** {fastest}", f"{ours:.2f}"]
 
 
 def main() -> None:
     measured = {processor: json.loads((HERE / name).read_text("utf-8")) for name, processor in PROCESSORS.items()}
     known = [row for rows in measured.values() for row in rows if library(row) == OURS]
-    places = [
-        (job, size) for job in LIMITS for size in dict.fromkeys(row["size"] for row in known if row["job"] == job)
-    ]
-    lines = [line(rows, *place, processor) for place in places for processor, rows in measured.items()]
-    head = ["operation", "size", "over the best library", "which", "over the limit", "which limit", "processor"]
-    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(one for one in lines if one)]
+    head = ["operation", "size", *(f"{name}: over {what}" for name in measured for what in ("the best", "the limit"))]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for job in LIMITS:
+        name = NAMES[job]
+        for size in dict.fromkeys(row["size"] for row in known if row["job"] == job):
+            found = [cells(rows, job, size) for rows in measured.values()]
+            if any(found):
+                values = (cell for one in found for cell in one or ["", ""])
+                table.append(f"| {' | '.join([name, size.removeprefix('float32 '), *values])} |")
+                name = ""  # once for all its sizes
     OUTPUT.with_name("best.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
 
