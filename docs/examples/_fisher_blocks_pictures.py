@@ -1,4 +1,7 @@
-"""Figures 2, 3, 5 and 6: |entries| from black, 0, to white, in a linear scale that ends at some maximum (as there)."""
+"""Figures 2, 3, 5 and 6, and F and F⁻¹ beside F̃ and F̃⁻¹.
+
+|Entries| go from black, 0, to white, in a linear scale that ends at some maximum (as there).
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,12 @@ def draw_figures(
     """One PNG a figure in the folder `out`."""
     # The maxima: one for F, one for the inverse, whose few large entries would leave all others black.
     white, white_inverse = np.quantile(np.abs(fisher.F), 0.97), np.quantile(np.abs(inverse.tilde), 0.95)
-    F, tilde, tilde_inverse = "$F$", r"$\tilde F$", r"$\tilde F^{-1}$"
-    difference = f"{F} $-$ {tilde}: {relative(fisher.F_tilde, fisher.F):.0%} of {F}"
+    tilde, tilde_inverse = r"$\tilde F$", r"$\tilde F^{-1}$"
     means, means_inverse = averages(fisher.F_tilde, sizes), averages(inverse.tilde, sizes)
     damped = f"damped with γ = {gamma:.2g}"
     figures = {
         2: ("The exact Fisher matrix and its Kronecker-factored approximation", [
-            [Panel(F, fisher.F, white), Panel(tilde, fisher.F_tilde, white),
-             Panel(difference, fisher.F - fisher.F_tilde, white)],
+            against("F", fisher.F, r"\tilde F", fisher.F_tilde, white),
         ]),
         3: (f"The approximation, and its inverse {damped}", [
             [Panel(tilde, fisher.F_tilde, white), Panel(tilde_inverse, inverse.tilde, white_inverse)],
@@ -51,6 +52,15 @@ def draw_figures(
     }  # fmt: skip
     for number, (title, panels) in tqdm(figures.items(), desc="pictures", unit="picture"):
         draw(out / f"figure_{number}.png", f"Figure {number}. {title}", panels, sizes, dpi)
+    inverses = against("F^{-1}", inverse.exact, r"\tilde F^{-1}", inverse.tilde, white_inverse)
+    title = f"The Fisher matrix and its approximation; below, their inverses, {damped}"
+    draw(out / "fisher_and_inverses.png", title, [figures[2][1][0], inverses], sizes, dpi)
+
+
+def against(name: str, M: np.ndarray, other: str, N: np.ndarray, white: float) -> list[Panel]:
+    """A row: a matrix, another and the difference."""
+    difference = f"${name}$ $-$ ${other}$: {relative(N, M):.0%} of ${name}$"
+    return [Panel(f"${name}$", M, white), Panel(f"${other}$", N, white), Panel(difference, M - N, white)]
 
 
 def comparison(M: Matrices, power: str, white: float) -> list[list[Panel]]:

@@ -1,4 +1,5 @@
-"""The Fisher matrix of a small classifier and K-FAC's approximations to it: the paper's Figures 2, 3, 5 and 6.
+"""The Fisher matrix of a small classifier and K-FAC's approximations to it: the paper's Figures 2, 3, 5 and 6, and
+one of F and F̃ with their inverses.
 
     python docs/examples/fisher_blocks.py            # about 20 seconds, on one core
     python docs/examples/fisher_blocks.py --quick    # about 6 seconds: a smaller network, fewer digits

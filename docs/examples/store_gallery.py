@@ -24,6 +24,7 @@ COMMANDS = {
     "figure_3": "make fisher_blocks",
     "figure_5": "make fisher_blocks",
     "figure_6": "make fisher_blocks",
+    "fisher_and_inverses": "make fisher_blocks",
     "figure_7": "make improvement_against_gamma",
     "figure_9": "make progress_against_batch",
     "figure_10": "make training_curves ARGS='--seconds 60'",
