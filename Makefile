@@ -23,7 +23,7 @@ FIGURES := jax_transformer jax_autoencoder jax_variational_monte_carlo distribut
 FIGURES += fisher_blocks improvement_against_gamma progress_against_batch training_curves digits_autoencoder
 FIGURES += resnet_digits docstring_language_model influence laplace_digits pruning hessian_free
 
-.PHONY: help demo race figures short $(FIGURES) test environments oldest newest jax interop gpu gpu-dry lint docs site gallery dist
+.PHONY: help demo race figures short $(FIGURES) test environments oldest newest jax interop gpu gpu-dry lint docs site links gallery dist
 .PHONY: bench performance machine plots clean
 .DEFAULT_GOAL := help
 
@@ -43,6 +43,7 @@ help:
 	@echo "make gpu-dry  the same in small on a CPU: that it runs"
 	@echo "make docs     the documentation, in build/docs"
 	@echo "make site     the same, with asv's figures of each commit"
+	@echo "make links    whether the addresses that the site names answer (needs the internet)"
 	@echo "make gallery  what make figures has drawn in full, stored for the documentation"
 	@echo "make dist     what a release uploads, in dist, built and checked"
 	@echo "make bench    every benchmark once, on this checkout    (ARGS='-b name' goes to asv)"
@@ -162,6 +163,10 @@ site: machine
 	    -e 's|"html_dir": "html"|"html_dir": "docs/asv"|' asv_benchmarks/asv.conf.json > build/asv.conf.json
 	$(ASV) run --config build/asv.conf.json --python=same --launch-method forkserver --bench just-discover
 	$(ASV) publish --config build/asv.conf.json
+
+# Not in CI, which reaches package registries alone. No tutorial is run for it.
+links: $(VENV)/.docs
+	$(PYTHON) -m sphinx -E -q -b linkcheck -D plot_gallery=0 -d build/links/doctrees docs build/links
 
 dist: $(VENV)/.release
 	rm -rf dist

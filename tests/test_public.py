@@ -107,11 +107,20 @@ def test_each_name_has_a_page_in_the_reference(package):
             assert {f"{module.__name__}.{name}" for name in own if not name.startswith("_")} <= listed
 
 
+def anchors(page):
+    """Of its headings, as GitHub and Sphinx name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_the_plain_pages_lead_somewhere():
     """What Sphinx does not see; it checks those of its own pages."""
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "asv_benchmarks/README.md"):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", text):
+            path = (ROOT / page).parent / target
+            assert path.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page}: {target}#{anchor}"
 
 
 def test_the_map_of_the_paper_names_what_exists():
