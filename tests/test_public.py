@@ -157,6 +157,12 @@ def test_an_adapter_says_which_framework_is_missing(package, framework):
     assert re.search(rf"ModuleNotFoundError: {package} needs \w+: pip install {framework}", done.stderr)
 
 
+def test_the_first_lines_of_the_readme_warn_of_nothing():
+    """Not even of what PyTorch has deprecated and uses itself."""
+    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
 def test_the_examples_refuse_arguments_that_make_no_sense(tmp_path):
     (tmp_path / "file").touch()
     for kind, sound, wrong in (

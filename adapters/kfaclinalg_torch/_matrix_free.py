@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, vjp
 
 from ._attention import differentiable
 from ._batch import Batch, check_again, check_loader
@@ -17,6 +17,7 @@ from ._likelihoods import Likelihood, masked
 from ._masks import check_count, mask_of
 from ._network import Matrices, check_shapes
 from ._passes import Data, Passes
+from ._pushforward import pushforward
 from ._settings import tensor_of
 from ._spectra import strength
 
@@ -57,8 +58,7 @@ class FisherOperator:
         tangents = network.by_name(network.parameters(tuple(V.to(W) for V, W in own)))
 
         def product(likelihood: Any, f: Callable[..., Tensor], values: Any, outputs: Tensor, piece: Batch) -> Tensor:
-            pushed: Any = jvp(f, (values,), (tangents,))
-            return likelihood.fisher_product(outputs, pushed[1])
+            return likelihood.fisher_product(outputs, pushforward(f, values, tangents)[1])
 
         return self._pulled(product)
 

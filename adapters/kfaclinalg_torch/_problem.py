@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from kfaclinalg import Factored, Factors, KFACOptions, LayerFactors, OuterProduct, batch_factors
 
@@ -22,6 +23,7 @@ from ._linear import Linear
 from ._links import chained, cross_moments
 from ._network import Matrices, Network
 from ._once import Once
+from ._pushforward import pushforward
 from ._squares import mean_squares
 from ._statistics import Held, Statistic
 from ._team import ALONE, Team
@@ -114,7 +116,7 @@ class NetworkProblem:
         values, *tangents = (self.network.by_name(self.network.parameters(W)) for W in (weights, *directions))
         for share, piece in self._pieces(self._subset(self.options.curvature_fraction)):
             with torch.no_grad():
-                pushed: list[Any] = [jvp(lambda v, x=piece: self._outputs(x, v), (values,), (d,)) for d in tangents]
+                pushed = [pushforward(partial(self._outputs, piece), values, d) for d in tangents]
                 likelihood = masked(self.likelihood, piece.mask, pushed[0][0])
                 products = [likelihood.fisher_product(outputs, Jd) for outputs, Jd in pushed]
                 rows = [torch.stack([(Jd * FJe).sum(dtype=torch.float64) for FJe in products]) for _, Jd in pushed]
