@@ -34,7 +34,7 @@ help:
 	@echo "make test     lint, then the tests                      (ARGS='-k name' goes to pytest)"
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
-	@echo "make interop  the curvature beside curvlinops, laplace-torch and kronfluence, with GPyTorch's solvers"
+	@echo "make interop  the curvature beside curvlinops, laplace-torch and kronfluence, with GPyTorch's solvers; Lightning's loop, Hugging Face's"
 	@echo "make jax      what finds a network's layers on JAX 0.9 and, where Python 3.12 is on the PATH, 0.12"
 	@echo "make short    the demo, the race and the figures, all in short"
 	@echo "make environments  what oldest, newest, jax and interop install"
@@ -129,6 +129,7 @@ $(VENV)-newest/.made: pyproject.toml constraints.txt
 
 interop: $(VENV)-interop/.made
 	$(VENV)-interop/bin/python -m pytest -q --noconftest tests/adapters/test_interop.py $(ARGS)
+	$(VENV)-interop/bin/python -m pytest -q docs/how_to/other_loops.md
 
 # A registry's torchvision may be of another build of torch: torchmetrics, of laplace-torch, imports it where it is there.
 $(VENV)-interop/.made: pyproject.toml constraints.txt | $(VENV)/.made
