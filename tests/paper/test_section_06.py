@@ -1,16 +1,19 @@
-"""Damping: eqns 6 and 7, the rescaling of 6.4 and the rule of 6.5."""
+"""Damping: eqns 6 and 7, the rescaling of 6.4, the rule of 6.5 for λ and that of 6.6 for γ."""
 
 import numpy as np
 import pytest
 from backends import NUMPY, every_backend, uncompiled_backends
 from networks import network
+from test_algorithm import LinearRegression
 
 from kfaclinalg import (
+    KFACOptions,
     Kronecker,
     LayerFactors,
     damping,
     factored_tikhonov,
     fit_quadratic,
+    kfac_step,
     levenberg_marquardt,
     tikhonov_pi,
 )
@@ -72,3 +75,20 @@ def test_alpha_of_section_6_4(b):
 def test_lambda_of_section_6_5(ratio, factor):
     """ω1 λ where ρ > 3/4, λ/ω1 where ρ < 1/4, with ω1 = ½ here; a ρ that is not a number raises it too."""
     assert levenberg_marquardt(3.0, ratio, omega=0.5) == 3 * factor
+
+
+def test_the_best_of_three_gammas_wins_and_keeps_its_inverse():
+    problem = LinearRegression(NUMPY)
+    options = KFACOptions(damping=1.0, weight_decay=0.0, gamma_period=4, inverse_period=4)
+    weights, state = problem.start, None
+    for _ in range(3):
+        weights, state, _ = kfac_step(problem, weights, state, options)
+    factors = (options.omega2, 1.0, 1 / options.omega2)
+    single = options._replace(gamma_period=4000, inverse_period=4)
+    tried = {f: kfac_step(problem, weights, state._replace(gamma=f * state.gamma), single) for f in factors}
+    moved, after, info = kfac_step(problem, weights, state, options)
+    best = min(factors, key=lambda f: tried[f][2].change)
+    assert info.gamma == pytest.approx(best * state.gamma)
+    assert info.change == pytest.approx(tried[best][2].change, rel=1e-12)
+    np.testing.assert_allclose(moved[0], tried[best][0][0], rtol=1e-12)
+    np.testing.assert_allclose(after.inverse.blocks[0].A, tried[best][1].inverse.blocks[0].A, rtol=1e-12)
