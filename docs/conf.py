@@ -43,6 +43,7 @@ suppress_warnings = ["config.cache"]  # of the gallery's settings
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
 mathjax_path = "mathjax/tex-chtml.js"
 
+PACKAGES = ("kfaclinalg", "kfaclinalg_jax", "kfaclinalg_mlp", "kfaclinalg_torch")
 # The scripts of these folders are run, and become pages with their output and pictures, and notebooks.
 sphinx_gallery_conf = {
     "examples_dirs": ["tutorials", "experiments"],
@@ -54,8 +55,8 @@ sphinx_gallery_conf = {
     "capture_repr": (),
     "download_all_examples": False,
     "image_srcset": ["2x"],
-    "doc_module": ("kfaclinalg", "kfaclinalg_torch"),
-    "reference_url": {"kfaclinalg": None, "kfaclinalg_torch": None},
+    "doc_module": PACKAGES,
+    "reference_url": dict.fromkeys(PACKAGES),
     "remove_config_comments": True,
     "show_memory": False,
     "show_signature": False,
