@@ -54,12 +54,12 @@ def report(
         raise ValueError("there is nothing to report yet: take a step first")
     spectra = [_spectrum(optimizer, name, layer) for name, layer in optimizer.layers.items()]
     records = history.history if isinstance(history, Watch) else list(history)
-    who = type(optimizer).__name__
+    who, added = type(optimizer).__name__, "γ²" if isinstance(optimizer, KFAC) else "λ"  # whose λ is the model's
     left = {**optimizer.fallback, **optimizer.skipped}
     page = PAGE.format(
         title=f"{who}, {len(spectra)} layers",
         verdict=html.escape(" ".join(_verdicts(optimizer, spectra, records))),
-        layers=table(["layer", "n", "m", "cond A", "cond G", "largest", "λ", "below λ"], map(_row, spectra)),
+        layers=table(["layer", "n", "m", "cond A", "cond G", "largest", added, f"below {added}"], map(_row, spectra)),
         pictures="\n".join(pictures_of(spectra, records)),
         seconds=table(["task", "seconds a step", "share"], _seconds(records)),
         left=table(["parameter", "why"], sorted(left.items())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +16,25 @@ from ._optimizer import KFAC
 from ._preconditioner import KFACPreconditioner
 
 Scalars = dict[str, float]
+# Of the problem of `KFAC`, which makes all passes through the model.
+TASKS = {
+    "loss_and_gradient": "gradient",
+    "factors": "statistics",
+    "squared_gradients": "statistics",
+    "curvature_gram": "curvature",
+    "loss": "loss",
+}
 
 
 class Watch:
     """Takes the place of an optimizer or a preconditioner in a loop, and writes down what each of its steps did.
 
     `history` has a dictionary of numbers for each step. Of `KFAC` they are those of `info`, `refused` being 0 or 1, and
-    `seconds/step`. Of a preconditioner they are the lengths of a layer's gradient and of what became of it,
-    `gradient/0` and `update/0`, the cosine of their angle, `cosine/...`, `rejected`, and the seconds of
-    its tasks: `seconds/update`, `seconds/averages`, `seconds/refresh`, `seconds/products`. The device is waited for.
+    the seconds of its tasks: `seconds/gradient`, `seconds/statistics` (the passes for A and G), `seconds/curvature`
+    (those of the exact quadratic model), `seconds/loss` (after the step) and `seconds/inverses`, which is all else. Of
+    a preconditioner they are the lengths of a layer's gradient and of what became of it, `gradient/0` and `update/0`,
+    the cosine of their angle, `cosine/...`, `rejected`, and the seconds `seconds/update`, `seconds/averages`,
+    `seconds/refresh` and `seconds/products`. The device is waited for.
 
     Args:
         optimizer: a `KFAC` or a `KFACPreconditioner`.
@@ -57,8 +67,7 @@ class Watch:
     def step(self, *args: Any, **options: Any) -> Any:
         """That of the optimizer, with the same arguments and result."""
         if isinstance(self.optimizer, KFAC):
-            with self._timed("step"):
-                result = self.optimizer.step(*args, **options)
+            result = self._iterated(self.optimizer, args, options)
             record = _of_info(self.optimizer)
         elif args or options:
             raise TypeError("the step of KFACPreconditioner takes no arguments: it is for the gradients that are there")
@@ -70,6 +79,21 @@ class Watch:
         if self.callback is not None:
             self.callback(len(self.history) - 1, record)
         return result
+
+    def _iterated(self, optimizer: KFAC, args: Any, options: Any) -> float:
+        made, self._seconds = optimizer._problem, {}
+        with ExitStack() as tasks:
+
+            def problem(*args: Any, **options: Any) -> Any:
+                own = made(*args, **options)
+                for method, task in TASKS.items():
+                    tasks.enter_context(self._task(own, method, task))
+                return own
+
+            with _replaced(optimizer, "_problem", problem), self._timed("inverses"):
+                loss = optimizer.step(*args, **options)
+        self._seconds["inverses"] -= sum(self._seconds.get(task, 0.0) for task in set(TASKS.values()))
+        return loss
 
     def _preconditioned(self, preconditioner: KFACPreconditioner) -> Scalars:
         layers = preconditioner._layers
@@ -107,11 +131,8 @@ class Watch:
             with self._timed(task):
                 return method(*args, **options)
 
-        setattr(owner, name, timed)
-        try:
+        with _replaced(owner, name, timed):
             yield
-        finally:
-            delattr(owner, name)
 
     def _wait(self) -> None:
         optimizer = self.optimizer
@@ -119,6 +140,16 @@ class Watch:
         kind = own[0].device.type
         if kind != "cpu":
             getattr(torch, kind).synchronize()
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Another in the place of a method, on this object alone."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def _gradient(layer: Layer) -> Tensor | None:

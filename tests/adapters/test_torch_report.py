@@ -168,6 +168,14 @@ def test_the_page_needs_nothing_else_and_names_what_is_left_alone(data, tmp_path
     assert not re.search(r'(src|href)="http|<script|@import', page.replace("xmlns", ""))
 
 
+def test_watching_kfac_changes_nothing(data):
+    plain, watched = (KFAC(network(), "categorical", generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    watch = Watch(watched)
+    for _ in range(3):
+        assert plain.step(*data) == watch.step(*data)
+    assert all(map(torch.equal, plain.model.parameters(), watched.model.parameters()))
+
+
 def test_kfac_is_watched_too_and_a_refused_step_is_counted(data, tmp_path):
     x, y = data
     calls, optimizer = [], KFAC(network(), "categorical")
@@ -178,9 +186,15 @@ def test_kfac_is_watched_too_and_a_refused_step_is_counted(data, tmp_path):
     assert [step for step, _ in calls] == list(range(6))
     assert [record["refused"] for record in watch.history] == [0, 0, 0, 1, 0, 0]
     assert watch.history[5]["gamma"] == optimizer.info.gamma
+    tasks = {name for name in watch.history[5] if "seconds" in name}
+    assert tasks == {f"seconds/{task}" for task in ("gradient", "statistics", "curvature", "loss", "inverses")}
+    assert all(watch.history[5][name] > 0 for name in tasks)
+    assert "_problem" not in vars(optimizer)  # nothing is left of the clock
     report(optimizer, tmp_path / "page.html", watch)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "1 of 6 steps were refused." in page
+    assert "<th>γ²</th><th>below γ²</th>" in page
+    assert "<td>statistics</td>" in page
     assert page.count("<svg") == 2
 
 
