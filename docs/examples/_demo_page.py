@@ -53,7 +53,8 @@ PAGE = """<!doctype html>
          font: 17px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }}
   h1 {{ font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }}
   .verdict {{ font-size: 1.1rem; color: #4a5057; margin: 0 0 1.8rem; max-width: 46rem; }}
-  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0 0 2.4rem; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0 0 2.4rem;
+    display: block; overflow-x: auto; }}
   th, td {{ padding: .4rem 0 .4rem 2rem; text-align: right; border-bottom: 1px solid #e3e6e9; }}
   th {{ font-weight: 600; font-size: .85rem; color: #5b6168; }}
   th:first-child, td:first-child {{ padding-left: 0; text-align: left; font-weight: 600; }}
