@@ -130,6 +130,10 @@ class Dense(Rows):
     def output_moment(self, x: Tensor, g: Tensor, N: int) -> Tensor:
         return second_moment(self.outputs(x, g, N).flatten(0, 1))
 
+    def input_work(self, n: int) -> int:
+        """Flops of Σ a aᵀ, a row: half of a product's."""
+        return n * n
+
     def add_input_moment(self, total: Tensor, x: Tensor, N: int, mask: Mask = None) -> int:
         if type(self).input_moment is not Dense.input_moment:  # it has a moment of its own
             return super().add_input_moment(total, x, N, mask)

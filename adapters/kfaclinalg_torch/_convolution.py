@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _patches as patches
 from ._blocks import LARGEST, Dense, Like, Mask, outline
+from ._panels import width_of
 from ._patch_moments import patch_moment
 
 
@@ -66,6 +67,10 @@ class Convolution(Dense):
         if self.module.groups == 1 and self.shape[1] > LARGEST:
             return R * patches.mean_patches(self.module, x.square(), bias).sum((0, 1)), len(x) * R
         return self._ungrouped(patch_moment(self.module, x, bias), 0), len(x) * R
+
+    def input_work(self, n: int) -> int:
+        """By panels from the diagonal on."""
+        return n * (n + width_of(n))
 
     def pooled_inputs(self, x: Tensor, N: int, mask: Mask = None) -> tuple[Tensor, Any]:
         if mask is not None:

@@ -99,7 +99,8 @@ class Statistic:
         if not isinstance(block, Dense):
             return
         (*groups, m, n), rows = block.shape, prod(block.positions(x))
-        of_input, of_output = (d if d > LARGEST and not groups else d * d for d in (n, m))
+        of_input = n if n > LARGEST and not groups else block.input_work(n)
+        of_output = m if m > LARGEST and not groups else m * m
         moments = of_output + (of_input if draw == 0 else 0)
         reduced = N if self.sharing[block.name] == "reduce" else rows
         W, (model, statistic) = prod(block.shape), self.work

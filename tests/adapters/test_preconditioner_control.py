@@ -321,6 +321,16 @@ def test_a_reduced_layer_has_a_row_an_example_and_a_long_side_a_diagonal():
         assert work == (6 * N * R * m * n, 2 * N * R * m * n + rows * (n * n + m))
 
 
+def test_the_patches_of_a_convolution_meet_a_panel_at_a_time():
+    N, c, m = 5, 30, 6
+    model = nn.Sequential(nn.Conv2d(c, m, 3, bias=False), nn.Flatten())
+    work = work_of(preconditioned(model), model, torch.ones(N, c, 4, 4), torch.zeros(N, dtype=torch.int64))
+    n, rows = 9 * c, 4 * N
+    panel = 135  # of two, each at least 128 rows
+    of_input = 2 * (panel * n + (n - panel) * (n - panel))
+    assert work.statistic == rows * (of_input + m * m + 2 * n * m)
+
+
 @pytest.mark.parametrize(("N", "sizes"), [(4, (30, 40, 30)), (200, (30, 40, 30)), (2000, (8, 3))])
 def test_what_is_added_is_at_most_the_model_s_own_work(N, sizes):
     model = network(*sizes)
