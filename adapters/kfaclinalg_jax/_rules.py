@@ -91,23 +91,28 @@ def convolution(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site |
 
 
 def embedding(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | None:
-    """Whole rows of a table, by one index each."""
-    d, sizes, indices = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[1].aval
-    collapsed = tuple(d.collapsed_slice_dims)
-    if at != 0 or view.is_broadcast or view.factor or len(collapsed) != 1 or d.operand_batching_dims:
+    """Whole rows of a table, by one index each: an index of all axes begins at 0 on those that are taken whole."""
+    p, d, table = eqn.params, eqn.params["dimension_numbers"], view.shape
+    named, sizes = tuple(d.start_index_map), p["slice_sizes"]
+    collapsed, clipped = tuple(d.collapsed_slice_dims), p["mode"] == jax.lax.GatherScatterMode.CLIP
+    picked = [i for i in named if i in collapsed or sizes[i] < table[i]]
+    if at != 0 or view.is_broadcast or view.factor or len(picked) != 1 or d.operand_batching_dims:
         return None
-    (c,), rest = collapsed, _without(len(view.shape), collapsed)
-    if tuple(d.start_index_map) != collapsed or sizes[c] != 1 or any(sizes[i] != view.shape[i] for i in rest):
+    (c,), rest = picked, _without(len(table), picked)
+    if collapsed not in ((), (c,)) or sizes[c] != 1 or any(sizes[i] != table[i] for i in rest):
         return None
-    last, clipped = len(indices.shape) - 1, eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    if len(named) > 1 and p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:  # which looks at them all
+        return None
+    last = len(eqn.invars[1].aval.shape) - 1
     return Embedding(
         **shared,
         operand=1,
         weight=view.part(rest, (c,)),
-        matrix=(*view.stack, prod(view.shape[i] for i in rest), view.shape[c]),
+        matrix=(*view.stack, prod(table[i] for i in rest), table[c]),
         x=Groups((), tuple(range(last)), (last,)),
         s=Groups((), _without(len(shared["shape"]), d.offset_dims), tuple(d.offset_dims)),
-        last=view.shape[c] - 1 if clipped else None,
+        column=named.index(c),
+        last=table[c] - 1 if clipped else None,
     )
 
 

@@ -131,10 +131,12 @@ class Convolution(Site):
 class Embedding(Site):
     """`gather` of rows: a linear map of one-hot rows, of which the index is kept."""
 
+    column: int = 0  # of the index
     last: int | None = None  # the row that an index beyond the table stands for, if it stands for one
 
     def inputs(self, x: Any, N: int) -> Any:
         """The indices (*stack, N, R, 1)."""
+        x = x[..., self.column : self.column + 1]
         return super().inputs(x if self.last is None else x.clip(0, self.last), N)
 
 

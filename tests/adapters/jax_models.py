@@ -1,4 +1,4 @@
-"""Twenty-two functions of parameters and inputs, with the layers that are to be found in each.
+"""Twenty-four functions of parameters and inputs, with the layers that are to be found in each.
 
 A model is (f, params, inputs), and the shape of W by the end of the weight's path; what has no layer is listed too.
 """
@@ -143,6 +143,14 @@ def an_example_at_a_time():
 
     shapes = {"W": (5, 3), "b": (5,), "V": (2, 5), "s": (2,)}
     return f, params(**shapes), inputs(3), {"W": (5, 4), "V": (2, 5), "s": (2, 1, 1)}, []
+
+
+def an_index_at_a_time():
+    def f(p, x):
+        return jax.vmap(jax.vmap(lambda i: p["W"].T @ jnp.tanh(p["E"][i]) + p["F"][:, i]))(x)
+
+    layers = {"E": (3, 7), "F": (2, 7), "W": (2, 3)}
+    return f, params(E=(7, 3), F=(2, 7), W=(3, 2)), tokens(2, 7), layers, []
 
 
 def attention():
@@ -314,7 +322,22 @@ def equinox_convnet():
     return f, p, inputs(2, 6, 6), layers, []
 
 
+def equinox_language():
+    eqx = library("equinox")
+    table = eqx.nn.Embedding(7, 3, key=jax.random.key(0))
+    head = eqx.nn.Linear(3, 7, use_bias=False, key=jax.random.key(1))
+    tied = eqx.nn.Shared((table, head), lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+
+    def one(tied, i):
+        table, head = tied()
+        return head(jnp.tanh(table(i)))
+
+    p, static = eqx.partition(tied, eqx.is_inexact_array)
+    f = lambda p, x: jax.vmap(jax.vmap(lambda i: one(eqx.combine(p, static), i)))(x)  # noqa: E731
+    return f, p, tokens(2, 7), {"pytree.0.weight": (3, 7)}, []
+
+
 MODELS = [mlp, tied, reused, tied_table, convolutions, recurrent, scanned_layers, rematerialised, nested_jit]
-MODELS += [an_example_at_a_time, attention, composed_weights, branches_and_loops, rules_of_ones_own]
+MODELS += [an_example_at_a_time, an_index_at_a_time, attention, composed_weights, branches_and_loops, rules_of_ones_own]
 MODELS += [linen_convnet, linen_transformer, nnx_network, nnx_transformer, haiku_mlp, haiku_lstm]
-MODELS += [equinox_mlp, equinox_convnet]
+MODELS += [equinox_mlp, equinox_convnet, equinox_language]
