@@ -22,7 +22,10 @@ def common(eqn: Any, view: View, path: tuple[int, ...], lengths: tuple[int, ...]
     """What every site has."""
     out = eqn.outvars[0].aval
     loops = tuple(Loop(length, level in view.levels) for level, length in enumerate(lengths))
-    return {"path": path, "place": place(eqn), "loops": loops, "shape": tuple(out.shape), "dtype": out.dtype}
+    dtypes = (v.aval.dtype for v in (*eqn.invars, *eqn.outvars))
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact))
+    shared = {"path": path, "place": place(eqn), "loops": loops, "shape": tuple(out.shape), "dtype": out.dtype}
+    return shared | {"eps": eps}
 
 
 def dense(eqn: Any, at: int, view: View, shared: dict[str, Any]) -> Site | None:

@@ -56,6 +56,7 @@ class Site:
     loops: tuple[Loop, ...]
     shape: tuple[int, ...]  # of the output
     dtype: Any
+    eps: float  # of the least precise of what goes in and comes out
     operand: int  # which operand of the equation is what the parameter acts on
     weight: Part
     matrix: tuple[int, ...]  # (*stack, [batch], m, n) of the weight

@@ -58,8 +58,8 @@ class Traced:
     def eps(self, name: str) -> float:
         """The rounding of a layer's rows and parameters."""
         (layer,) = (layer for layer in self.assembly.layers if layer.name == name)
-        dtypes = *(site.dtype for site in layer.sites), *(self.leaves[i].dtype for i in layer.leaves)
-        return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+        parameters = (float(jnp.finfo(self.leaves[i].dtype).eps) for i in layer.leaves)
+        return max(*parameters, *(site.eps for site in layer.sites))
 
     def probes(self) -> dict[Path, Any]:
         return {path: jnp.zeros(site.probe, site.dtype) for path, site in self.sites.items()}

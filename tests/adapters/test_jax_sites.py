@@ -93,5 +93,6 @@ def test_one_output_needs_no_dimension_of_its_own():
 def test_check_knows_the_precision_of_the_rows():
     f, params, x, _, _ = jax_models.mlp()
     low = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)  # noqa: E731
-    net = Network(lambda p, x: f(low(p), low(x)).astype(float), "gaussian", example=(params, x))
-    net.check(params, x)
+    wide = lambda p, x: jnp.matmul(*low((x, p["W"])), preferred_element_type=float) @ p["V"]  # noqa: E731
+    for g in (lambda p, x: f(low(p), low(x)).astype(float), wide):
+        Network(g, "gaussian", example=(params, x)).check(params, x)
