@@ -168,7 +168,7 @@ def ours(network: str, kind: str) -> Step:
     tx = optax.chain(precondition(net, **options), optax.sgd(1e-3, momentum=0.9))
 
     def update(params: Any, state: Any, x: Any, y: Any, key: Any) -> Any:
-        loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+        (loss, _), gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
         updates, state = tx.update(gradient, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, loss
 

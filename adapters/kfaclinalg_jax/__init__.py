@@ -1,7 +1,7 @@
 """K-FAC for JAX, whichever library wrote the network: `Network` finds its layers and takes their statistics.
 
 Read in this order: `_views` and `_find` (a parameter followed through the program of a function), `_rules` (the
-equations that are sites), `_assemble` (the layers), `_run` and `_moments` (A and G), and `_network`.
+equations that are sites), `_assemble` (the layers), `_run`, `_moments` (A and G) and `_measure`, and `_network`.
 """
 
 try:

@@ -21,11 +21,18 @@ def gradient_of_rows(shown: Shown, layer: Layer, g: Mapping[Any, Any]) -> Any:
     return sum(terms[1:], terms[0])
 
 
-def relative_errors(f: Callable[..., Any], traced: Any, params: Any, inputs: Any) -> dict[str, Any]:
-    """Of each layer's Σ g aᵀ, for a random cotangent of the outputs."""
+def relative_errors(
+    f: Callable[..., Any], select: Callable[[Any], Any], traced: Any, params: Any, inputs: Any
+) -> dict[str, Any]:
+    """Of each layer's Σ g aᵀ, for a random cotangent of the outputs, `select` of what f returns."""
     leaves, tree = jax.tree.flatten(params)
-    outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, traced.probes(), has_aux=True)
-    _, expected = jax.vjp(lambda leaves: f(jax.tree.unflatten(tree, leaves), *inputs), leaves)
+
+    def passed(leaves: Any, probes: Any) -> Any:
+        found, seen = traced.run(leaves, inputs, probes)
+        return select(found), seen
+
+    outputs, pull, seen = jax.vjp(passed, leaves, traced.probes(), has_aux=True)
+    _, expected = jax.vjp(lambda leaves: select(f(jax.tree.unflatten(tree, leaves), *inputs)), leaves)
     cotangent = random_cotangent(outputs)
     (gradient,), (_, probes) = expected(cotangent), pull(cotangent)
     shown, errors = Shown.of(traced, seen), {}

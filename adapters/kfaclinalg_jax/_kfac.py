@@ -14,7 +14,6 @@ from kfaclinalg import KFACOptions, KFACState, Schedule, StepInfo, kfac_iteratio
 from ._estimators import Empirical
 from ._network import Network
 from ._problem import NetworkProblem, Weights
-from ._sites import wide
 
 NUMBERS = ("damping", "gamma", "curvature_fraction", "ceiling")
 
@@ -74,7 +73,7 @@ class KFAC:
         start = KFACState.start(self.options)._replace(iteration=jnp.asarray(0, jnp.int32))
 
         def first(params: Any, inputs: Any, key: Any) -> Any:
-            y = self.net.likelihood.sample(jax.tree.map(wide, self.net.f(params, *inputs)), key)
+            y = self.net.likelihood.sample(self.net.outputs_of(params, inputs), key)
             return self._iterate(params, start, (inputs, y, key), self._schedules[-1], 1.0)[1]
 
         shapes = jax.eval_shape(first, params, self.net.inputs, jax.random.key(0))

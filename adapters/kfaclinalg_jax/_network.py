@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from . import _versions as versions
 from ._estimators import Empirical, estimator_of
 from ._gradients import relative_errors
 from ._likelihoods import likelihood_of
-from ._moments import Shown
+from ._measure import measured
 from ._sharing import reduced_of
-from ._sites import cast, wide
-from ._statistics import Statistics, statistics_of
+from ._sites import wide
+from ._statistics import Statistics
 from ._traced import Examples, Traced, examples_in, inputs_of, shape_of
 from ._trees import check_leaves
 
@@ -35,6 +33,8 @@ class Network:
         f: a pure function of any pytree of parameters, and of arrays of which the first dimension counts the examples.
         likelihood: of the outputs: "categorical" (logits in the last dimension), "bernoulli", "gaussian", or an object
             with the methods of `kfaclinalg_jax.Likelihood`.
+        outputs: a function from what f returns to that of which the likelihood is, where f returns more, such as the
+            new running means of a normalisation. None: all of it.
         example: `(params, *inputs)`, arrays or `jax.ShapeDtypeStruct`: what f is called with.
         estimator: whose gradients G is made of. `Sampled(samples)`, short "sampled": of targets drawn from the model
             itself; `ExactFisher()`, "exact": the expectation over them; `Empirical()`, "empirical": of the loss itself.
@@ -52,6 +52,7 @@ class Network:
     Raises:
         TypeError, ValueError: a wrong option, or no layer at all; the message lists what was skipped.
 
+    >>> import jax.numpy as jnp
     >>> def f(params, x):
     ...     return jnp.tanh(x @ params["W"] + params["b"]) @ params["V"]
     >>> params = {"W": jnp.ones((2, 3)), "b": jnp.zeros(3), "V": jnp.ones((3, 4))}
@@ -59,7 +60,7 @@ class Network:
     >>> net.layers
     {'V': (4, 3), 'W': (3, 3)}
     >>> x, y, key = jnp.ones((8, 2)), jnp.zeros(8, int), jax.random.key(0)
-    >>> loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+    >>> (loss, outputs), gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
     >>> statistics.moments["W"].A.shape
     (3, 3)
     """
@@ -70,6 +71,7 @@ class Network:
         likelihood: Any,
         *,
         example: Any,
+        outputs: Callable[[Any], Any] | None = None,
         estimator: Any = "sampled",
         weight_sharing: Any = "expand",
         keep: str = "moments",
@@ -79,6 +81,8 @@ class Network:
             raise TypeError(f"f is {f!r}, expected a function of params and inputs")
         if not isinstance(example, tuple | list) or len(example) < 2:
             raise TypeError(f"example is a {type(example).__name__}, expected (params, *inputs)")
+        if outputs is not None and not callable(outputs):
+            raise TypeError(f"outputs is {outputs!r}, expected a function of what f returns")
         if keep not in KEPT:
             raise ValueError(f"keep is {keep!r}, expected one of {', '.join(map(repr, KEPT))}")
         self.f, self.likelihood, self.keep, self.axis_name = f, likelihood_of(likelihood), keep, axis_name
@@ -87,7 +91,9 @@ class Network:
         self.params, self.inputs = params, tuple(inputs)  # shapes
         self._examples = examples_in(f, params, inputs)
         self.example = Traced(f, params, inputs, self._examples.axes)
-        self.estimator.draws(self.example.outputs)  # which refuses outputs that it cannot take
+        self.select = outputs or (lambda found: found)
+        self.outputs = jax.eval_shape(self.select, self.example.outputs)  # shapes
+        self.draws = self.estimator.draws(self.outputs)  # which refuses outputs that it cannot take
         self.layers = {layer.name: layer.shape for layer in self.example.assembly.layers if layer.kind != "entries"}
         self.skipped = self.example.assembly.skipped
         self.reduced = reduced_of(weight_sharing, self.example.assembly.layers)
@@ -96,7 +102,9 @@ class Network:
             raise ValueError(f"f has no layer, expected one at least. Skipped: {listed or 'nothing, params are empty'}")
 
     def value_grad_and_statistics(self, params: Any, x: Any, y: Any, *, key: Any = None) -> tuple[Any, Any, Statistics]:
-        """The mean loss, its gradient shaped like params, and the statistics of this batch.
+        """`((loss, found), gradient, statistics)` of this batch: the mean loss, and what f returns.
+
+        The gradient is shaped like params.
 
         Args:
             params: as in the example.
@@ -111,47 +119,11 @@ class Network:
         inputs = inputs_of(x, self.inputs)
         if key is None and not (isinstance(self.estimator, Empirical) and not self.example.has_entries):
             raise ValueError(f"key is None, expected a key of jax.random: estimator {self.estimator!r} draws")
-        found = versions.without_explicit_axes(
-            self._measured, lambda spec: (spec(None), jax.tree.map(spec, params), spec(None)), params, inputs, y, key
-        )
-        return found if self.axis_name is None else self._over_devices(*found)
+        return measured(self, params, inputs, y, key)
 
-    def _measured(self, params: Any, inputs: Any, y: Any, key: Any) -> tuple[Any, Any, Statistics]:
-        params = versions.varying(jax.tree.map(jnp.asarray, params), self.axis_name)
-        traced = self.traced(params, inputs)
-        leaves, tree = jax.tree.flatten(params)
-        probes = versions.varying(traced.probes(), self.axis_name)
-        outputs, pull, seen = jax.vjp(lambda p, e: traced.run(p, inputs, e), leaves, probes, has_aux=True)
-        numbers = jax.tree.map(wide, outputs)
-        if check := getattr(self.likelihood, "check", None):
-            check(numbers, y)
-        loss, first = jax.value_and_grad(self.likelihood.loss, allow_int=True)(numbers, y)
-
-        def back(cotangent: Any) -> Any:
-            return pull(jax.tree.map(cast, cotangent, outputs))
-
-        gradient, slopes_of_loss = back(first)
-        if isinstance(self.estimator, Empirical) and not traced.has_entries:
-            draws, slopes = 1, jax.tree.map(lambda g: traced.N * g, (gradient, slopes_of_loss))
-
-            def drawn(draw: Any) -> Any:
-                return slopes
-
-        else:
-            draws = self.estimator.draws(numbers)
-            here = key if self.axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-
-            def drawn(draw: Any) -> Any:
-                return back(self.estimator.cotangent(self.likelihood, numbers, y, draw, here))
-
-        shown = Shown(seen, traced.N, traced.dtypes, self.reduced)
-        statistics = statistics_of(traced, shown, self.keep, draws, drawn, self.axis_name)
-        return loss, jax.tree.unflatten(tree, gradient), statistics
-
-    def _over_devices(self, loss: Any, gradient: Any, statistics: Statistics) -> tuple[Any, Any, Statistics]:
-        """The means over the axis of `shard_map`; rows stay where they are."""
-        means = jax.lax.pmean((loss, gradient, versions.varying(statistics.moments, self.axis_name)), self.axis_name)
-        return means[0], means[1], statistics._replace(moments=means[2])
+    def outputs_of(self, params: Any, inputs: Any) -> Any:
+        """What the likelihood is of, half precision widened."""
+        return jax.tree.map(wide, self.select(self.f(params, *inputs)))
 
     def check(self, params: Any, x: Any) -> dict[str, float]:
         """Whether Σ g aᵀ is the gradient, for a random cotangent of the outputs: the relative error of each layer.
@@ -194,4 +166,4 @@ class Network:
         return self._examples if like[0] == like[1] else examples_in(self.f, params, inputs)
 
     def _errors(self, params: Any, inputs: Any) -> dict[str, Any]:
-        return relative_errors(self.f, self.traced(params, inputs), params, inputs)
+        return relative_errors(self.f, self.select, self.traced(params, inputs), params, inputs)

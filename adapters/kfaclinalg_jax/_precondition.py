@@ -57,7 +57,7 @@ def precondition(
     >>> net = Network(lambda p, x: x @ p["W"], "categorical", example=(params, x))
     >>> tx = optax.chain(precondition(net), optax.sgd(0.3, momentum=0.9))
     >>> state = tx.init(params)
-    >>> loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=jax.random.key(0))
+    >>> (loss, outputs), gradient, statistics = net.value_grad_and_statistics(params, x, y, key=jax.random.key(0))
     >>> updates, state = tx.update(gradient, state, params, statistics=statistics)
     >>> params = optax.apply_updates(params, updates)
     """

@@ -12,7 +12,7 @@ from kfaclinalg import Factors, KFACOptions, LayerFactors, inner_products
 
 from ._moments import Rows
 from ._network import Network
-from ._sites import times, wide
+from ._sites import times
 from ._traced import examples_of, inputs_of
 from ._trees import by_name
 
@@ -72,7 +72,7 @@ class NetworkProblem:
         params = self.weights.params(weights)
 
         def loss(params: Any) -> tuple[Any, Any]:
-            z = self._outputs(params, self.inputs)
+            z = self.net.outputs_of(params, self.inputs)
             if check := getattr(self.net.likelihood, "check", None):
                 check(z, self.targets)
             return self.net.likelihood.loss(z, self.targets), z
@@ -87,7 +87,7 @@ class NetworkProblem:
         Two passes in float32 differ by their rounding. Where the change is small beside h it is ∫ ∇h(θ + tδ)ᵀ δ dt
         instead, of which only δ itself is rounded, by Gauss' rule of two points: its error falls as δ does.
         """
-        after = self._loss(self._outputs(self.weights.params(weights), self.inputs))
+        after = self._loss(self.net.outputs_of(self.weights.params(weights), self.inputs))
         if self.weights.dtype != jnp.float32 or not self.adapted:
             return after
         start, h = self._start
@@ -100,7 +100,7 @@ class NetworkProblem:
         delta = tuple(b - a for a, b in zip(start, end, strict=True))
         here = tuple(a + t * d for a, d in zip(start, delta, strict=True))
         params, tangents = self.weights.params(here), self.weights.params(delta)
-        z, Jd = jax.jvp(lambda params: self._outputs(params, self.inputs), (params,), (tangents,))
+        z, Jd = jax.jvp(lambda params: self.net.outputs_of(params, self.inputs), (params,), (tangents,))
         with jax.enable_x64(True):
             z, y, Jd = jax.tree.map(_in_double, (z, self.targets, Jd))
             return jax.jvp(lambda z: self.net.likelihood.loss(z, y), (z,), (Jd,))[1]
@@ -128,15 +128,12 @@ class NetworkProblem:
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Any:
         """(J d_i)ᵀ F_R (J d_j), mean over S2: one forward pass, and one of tangents a direction (Appendix C)."""
         x, _ = self._subset(self.fraction, self.of_S2)
-        z, push = jax.linearize(lambda params: self._outputs(params, x), self.weights.params(weights))
+        z, push = jax.linearize(lambda params: self.net.outputs_of(params, x), self.weights.params(weights))
         Jd = [push(self.weights.params(direction)) for direction in directions]
         N = examples_of(x)
         F_Jd = [jax.tree.map(lambda t: times(1 / N, t), self.net.likelihood.fisher_product(z, t)) for t in Jd]
         real = [i for i, t in enumerate(jax.tree.leaves(z)) if jnp.issubdtype(t.dtype, jnp.inexact)]
         return inner_products(*([[jax.tree.leaves(t)[i] for i in real] for t in ts] for ts in (Jd, F_Jd)))
-
-    def _outputs(self, params: Any, inputs: Any) -> Any:
-        return jax.tree.map(wide, self.net.f(params, *inputs))
 
     def _loss(self, outputs: Any) -> Any:
         """In float64: late in training the losses before and after a step differ in the last digits of float32."""

@@ -31,7 +31,7 @@ class Transformation:
         self.params, self.plans = net.params, dict[frozenset[str], Plan]()
         self.rows = {layer.name for layer in self.layers if layer.has_rows}
         self.control, self.structure, self.axis_name = control, structure, net.axis_name
-        self.moments, self.draws = net.example.moments(), net.estimator.draws(jax.tree.leaves(net.example.outputs)[0])
+        self.moments, self.draws = net.example.moments(), net.draws
 
     def __iter__(self) -> Any:
         return iter((self.init, self.update))

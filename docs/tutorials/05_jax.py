@@ -65,7 +65,7 @@ def batches():
 def run(tx, statistics):
     @jax.jit
     def step(params, state, x, y, key):
-        loss, gradient, seen = net.value_grad_and_statistics(params, x, y, key=key)
+        (loss, _), gradient, seen = net.value_grad_and_statistics(params, x, y, key=key)
         more = {"statistics": seen} if statistics else {}
         updates, state = tx.update(gradient, state, params, **more)
         return optax.apply_updates(params, updates), state, loss

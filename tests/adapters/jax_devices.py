@@ -31,7 +31,7 @@ def run(make, place, wrap=lambda step: step):
     state = tx.init(params)
 
     def step(params, state, x, y, key):
-        loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+        (loss, _), gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
         updates, state = tx.update(gradient, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, loss
 

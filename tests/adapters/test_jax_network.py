@@ -1,5 +1,7 @@
 """The layers of a function, and their factors, against gradients of single examples. Nothing here needs torch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax_models
@@ -38,7 +40,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_function(name):
     f, params, x, _, _ = getattr(jax_models, name)()
     net, y = Network(f, "gaussian", example=(params, x)), jnp.ones(jax.eval_shape(f, params, x).shape)
     came = jax.jit(lambda p: net.value_grad_and_statistics(p, x, y, key=KEY)[:2])(params)
-    expected = jax.value_and_grad(lambda p: net.likelihood.loss(f(p, x), y))(params)
+    expected = jax.value_and_grad(lambda p: (net.likelihood.loss(f(p, x), y), f(p, x)), has_aux=True)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), came, expected)
 
 
@@ -98,10 +100,39 @@ def test_one_input_may_be_a_tuple():
     pair, y = (x, jnp.ones((4, 1))), jnp.ones((4, 2))
     net = Network(lambda p, pair: f(p, pair[0]) * pair[1], "gaussian", example=(params, pair))
     net.check(params, pair)
-    loss, _, _ = net.value_grad_and_statistics(params, pair, y, key=KEY)
-    assert loss == net.value_grad_and_statistics(params, (pair,), y, key=KEY)[0]
+    (loss, _), _, _ = net.value_grad_and_statistics(params, pair, y, key=KEY)
+    assert loss == net.value_grad_and_statistics(params, (pair,), y, key=KEY)[0][0]
     kfac = KFAC(net, weight_decay=0.0)
     np.testing.assert_allclose(kfac.step(params, kfac.init(params), pair, y, KEY)[2].loss, loss, rtol=1e-12)
+
+
+def test_a_function_may_return_more_than_its_outputs():
+    """New running means, which are of no loss: a part of all that comes back, whatever its type."""
+
+    def f(p, x, mean):
+        h = x @ p["W"] + p["b"]
+        h = (h - h.mean(0)) * p["s"]
+        return {"logits": jnp.tanh(h) @ p["V"], "mean": 0.9 * mean + 0.1 * h.mean(0), "seen": len(x), "key": KEY}
+
+    held, x, y = jax_models.params(W=(3, 5), b=(5,), s=(5,), V=(5, 2)), jax_models.inputs(3), jnp.asarray([0, 1, 1, 0])
+    inputs = x, jnp.ones(5)
+    for estimator in ("exact", "empirical"):
+        of = [
+            Network(g, "categorical", example=(held, *inputs), estimator=estimator, outputs=outputs)
+            for g, outputs in ((f, lambda found: found["logits"]), (lambda *args: f(*args)["logits"], None))
+        ]
+        of[0].check(held, inputs)
+        found = [jax.jit(net.value_grad_and_statistics)(held, inputs, y, key=KEY) for net in of]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), found[0][1:], found[1][1:])
+        jax.tree.map(np.testing.assert_array_equal, (found[0][0][0], found[0][0][1]["logits"]), found[1][0])
+        np.testing.assert_allclose(found[0][0][1]["mean"], f(held, *inputs)["mean"], rtol=1e-12)
+        loss = found[0][0][0]
+    kfac = KFAC(
+        Network(f, "categorical", example=(held, *inputs), outputs=lambda found: found["logits"]), weight_decay=0.0
+    )
+    np.testing.assert_allclose(kfac.step(held, kfac.init(held), inputs, y, KEY)[2].loss, loss, rtol=1e-12)
+    with pytest.raises(TypeError, match="outputs is 'logits', expected a function"):
+        Network(f, "categorical", example=(held, *inputs), outputs="logits")
 
 
 class Masked:
@@ -128,7 +159,7 @@ def test_an_output_may_be_no_real_number():
     for estimator in ("sampled", "empirical"):
         net = Network(masked, Masked(), example=(params, x), estimator=estimator)
         net.check(params, x)
-        loss, gradient, _ = net.value_grad_and_statistics(params, x, y, key=KEY)
+        (loss, _), gradient, _ = net.value_grad_and_statistics(params, x, y, key=KEY)
         expected = jax.grad(lambda p: Masked().loss(masked(p, x), y))(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), gradient, expected)
     kfac = KFAC(Network(masked, Masked(), example=(params, x)), weight_decay=0.0)

@@ -29,7 +29,7 @@ def stepper(net, tx, y):
 
     @jax.jit
     def step(params, state, x, key):
-        loss, gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
+        (loss, _), gradient, statistics = net.value_grad_and_statistics(params, x, y, key=key)
         updates, state = tx.update(gradient, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, loss
 
