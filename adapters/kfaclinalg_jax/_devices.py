@@ -12,6 +12,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 Refresh = Callable[[Any, Any, Any], Any]  # moments, inverses and which are due, to inverses: (layers, ...) all of them
 
 
+def beside(state: Any, params: Any) -> Any:
+    """A state on all devices of the mesh of the parameters: elsewhere a second step would compile anew."""
+    arrays = (x for x in jax.tree.leaves(params) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+    places = [x.sharding for x in arrays if isinstance(x.sharding, NamedSharding)]
+    return jax.device_put(state, NamedSharding(places[0].mesh, PartitionSpec())) if places else state
+
+
 def divided(refresh: Refresh, axis_name: str | None, sharding: NamedSharding | None) -> Refresh:
     """The same, over the axis of the `shard_map` that it is called in, or the first axis of a sharding."""
     if axis_name is not None:

@@ -13,7 +13,7 @@ from kfaclinalg import Factors, KroneckerEigen, moving_average
 
 from . import _versions as versions
 from ._control import Control, of_length, periods, turns
-from ._devices import divided
+from ._devices import beside, divided
 from ._groups import Group, grouped
 from ._inverses import Inverse, are_finite, observed, refreshed
 from ._network import Network
@@ -52,7 +52,7 @@ class Transformation:
     def init(self, params: Any) -> PreconditionState:
         check_leaves("params", params, self.params, "parameters of the network", some=True)
         state: PreconditionState = blank_state(self.structure, self.plan(by_name(params)).groups)()
-        return state
+        return beside(state, params)
 
     def update(
         self,
