@@ -138,13 +138,13 @@ RULES: dict[str, Callable[..., Site | None]] = {
 
 def moved(eqn: Any, view: View) -> View | None:
     """The parameter behind an equation that only rearranges it."""
-    shape, p = tuple(eqn.outvars[0].aval.shape), eqn.params
-    match eqn.primitive.name:
+    shape, p, kind = tuple(eqn.outvars[0].aval.shape), eqn.params, eqn.primitive.name
+    match kind:
         case "transpose":
             return view.transposed(tuple(p["permutation"]))
-        case "reshape" if p["dimensions"] is None:
-            return view.reshaped(shape)
-        case "squeeze" | "expand_dims":
+        case "rev":
+            return view.flipped(p["dimensions"])
+        case "reshape" | "squeeze" | "expand_dims" if kind != "reshape" or p["dimensions"] is None:
             return view.reshaped(shape)
         case "broadcast_in_dim":
             return view.broadcast(shape, p["broadcast_dimensions"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-Op = tuple[str, tuple[int, ...]]  # ("transpose", axes) or ("reshape", shape)
+Op = tuple[str, tuple[int, ...]]  # ("transpose", axes), ("reshape", shape) or ("flip", axes)
 
 
 class Part(NamedTuple):
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     def of(self, x: Any) -> Any:
         """Its part of W (..., m, n), of the parameter or of what is shaped like it."""
         for name, argument in self.ops:
-            x = getattr(x, name)(argument)
+            x = _flipped(x, argument) if name == "flip" else getattr(x, name)(argument)
         return x
 
     def back(self, W: Any, shape: Sequence[int]) -> Any:
@@ -26,9 +26,13 @@ class Part(NamedTuple):
         shapes = [tuple(shape)]
         for name, argument in self.ops:
             last = shapes[-1]
-            shapes.append(argument if name == "reshape" else tuple(last[i] for i in argument))
+            after = {"reshape": argument, "flip": last}
+            shapes.append(after[name] if name in after else tuple(last[i] for i in argument))
         for (name, argument), before in zip(self.ops[::-1], shapes[-2::-1], strict=True):
-            W = W.reshape(before) if name == "reshape" else W.transpose(_inverse(argument))
+            if name == "flip":
+                W = _flipped(W, argument)
+            else:
+                W = W.reshape(before) if name == "reshape" else W.transpose(_inverse(argument))
         return W
 
 
@@ -70,6 +74,11 @@ class View(NamedTuple):
         turn: Op = ("transpose", (*range(k), *(k + i for i in order)))
         shape = tuple(self.shape[i] for i in axes)
         return self._replace(ops=(*self.ops, turn), shape=shape, places=tuple(sorted(places)))
+
+    def flipped(self, axes: Sequence[int]) -> View | None:
+        """None where it was multiplied by what stays as it is."""
+        found = tuple(len(self.stack) + i for i, place in enumerate(self.places) if place in axes)
+        return None if self.factor else self._replace(ops=(*self.ops, ("flip", found)))
 
     def reshaped(self, shape: tuple[int, ...]) -> View | None:
         """None where what is broadcast would mix with what is not."""
@@ -116,6 +125,10 @@ class View(NamedTuple):
                 ("reshape", (*self.stack, *sizes)),
             ),
         )
+
+
+def _flipped(x: Any, axes: Sequence[int]) -> Any:
+    return x[tuple(slice(None, None, -1 if i in axes else 1) for i in range(x.ndim))]
 
 
 def _inverse(axes: Sequence[int]) -> tuple[int, ...]:

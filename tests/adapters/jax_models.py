@@ -1,4 +1,4 @@
-"""Twenty-four functions of parameters and inputs, with the layers that are to be found in each.
+"""Twenty-five functions of parameters and inputs, with the layers that are to be found in each.
 
 A model is (f, params, inputs), and the shape of W by the end of the weight's path; what has no layer is listed too.
 """
@@ -87,6 +87,14 @@ def convolutions():
 
     shapes = {"K": (3, 2, 2, 4), "k": (4,), "L": (2, 2, 2, 6), "l": (6,)}
     return f, params(**shapes), inputs(5, 6, 2), {"K": (4, 13), "L": (2, 3, 9)}, []
+
+
+def a_convolution_turned():
+    def f(p, x):
+        y = lax.conv_transpose(x, p["K"], (2, 1), "SAME", transpose_kernel=True) + p["b"]
+        return jnp.tanh(y).sum((1, 2)) @ jnp.flip(p["W"], (0, 2)).reshape(3, 2)
+
+    return f, params(K=(3, 2, 3, 2), b=(3,), W=(3, 1, 2)), inputs(4, 5, 2), {"K": (3, 13), "W": (2, 3)}, []
 
 
 def recurrent():
@@ -337,7 +345,18 @@ def equinox_language():
     return f, p, tokens(2, 7), {"pytree.0.weight": (3, 7)}, []
 
 
-MODELS = [mlp, tied, reused, tied_table, convolutions, recurrent, scanned_layers, rematerialised, nested_jit]
+MODELS = [
+    mlp,
+    tied,
+    reused,
+    tied_table,
+    convolutions,
+    a_convolution_turned,
+    recurrent,
+    scanned_layers,
+    rematerialised,
+    nested_jit,
+]
 MODELS += [an_example_at_a_time, an_index_at_a_time, attention, composed_weights, branches_and_loops, rules_of_ones_own]
 MODELS += [linen_convnet, linen_transformer, nnx_network, nnx_transformer, haiku_mlp, haiku_lstm]
 MODELS += [equinox_mlp, equinox_convnet, equinox_language]

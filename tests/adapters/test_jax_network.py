@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from kfaclinalg_jax import KFAC, Gaussian, Network, Sampled, layer
+from kfaclinalg_jax._problem import Weights
 
 KEY = jax.random.key(2)
 PLAIN = {"s": jnp.ones(3), "W": jnp.ones((3, 2))}
@@ -33,6 +34,13 @@ def test_every_parameter_has_a_layer_or_is_listed(model):
     y = jnp.ones(jax.eval_shape(f, params, x).shape)
     statistics = jax.eval_shape(lambda p: net.value_grad_and_statistics(p, x, y, key=KEY), params)[2]
     assert statistics.moments.keys() >= net.layers.keys()
+
+
+@pytest.mark.parametrize("name", ["a_convolution_turned", "attention"])
+def test_the_matrices_go_back_to_the_parameters(name):
+    f, params, x, _, _ = getattr(jax_models, name)()
+    weights = Weights(Network(f, "gaussian", example=(params, x)))
+    jax.tree.map(np.testing.assert_array_equal, weights.params(weights.of(params)), params)
 
 
 @pytest.mark.parametrize("name", ["scanned_layers", "an_example_at_a_time"])
