@@ -1,8 +1,12 @@
 """The preconditioner of optax: the other adapter's updates, what it composes with, and what makes it compile."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import backends  # noqa: F401 - JAX in float64
 import jax
@@ -401,6 +405,16 @@ def test_trees_that_are_none_of_this_network():
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+def test_compiling_follows_the_shapes_of_the_layers_and_not_their_number():
+    """With XLA's flags as users have them."""
+    command = [sys.executable, str(Path(__file__).with_name("jax_compiling.py"))]
+    environment = {name: value for name, value in os.environ.items() if name[:4] not in ("XLA_", "JAX_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shallow, deep = map(float, done.stdout.split())
+    assert deep <= 1.3 * shallow
 
 
 def test_the_matrix_products_of_a_step_are_those_of_the_algebra():
