@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from math import lcm
 from typing import Any, NamedTuple
@@ -70,6 +71,10 @@ class KFAC:
     def init(self, params: Any) -> Run:
         """The state of a run without a step: λ, γ, and zeros. Of the parameters the shapes are all that counts."""
         self.net.check_params(params)
+        if self.net.axis_name is not None:  # which outside of `shard_map` is none, and the shapes are the same
+            alone = copy(self.net)
+            alone.axis_name = None
+            return KFAC(alone, **self.options._asdict()).init(params)
         start = KFACState.start(self.options)._replace(iteration=jnp.asarray(0, jnp.int32))
 
         def first(params: Any, inputs: Any, key: Any) -> Any:

@@ -15,6 +15,7 @@ from ._network import Network
 from ._sites import times
 from ._traced import examples_of, inputs_of
 from ._trees import by_name
+from ._versions import varying
 
 Matrices = tuple[Any, ...]
 GAUSS = 0.5 - 12**-0.5, 0.5 + 12**-0.5  # the two points of [0, 1]
@@ -69,7 +70,7 @@ class NetworkProblem:
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Any, Matrices]:
         """h and ∇h on S'."""
-        params = self.weights.params(weights)
+        params = varying(self.weights.params(weights), self.net.axis_name)
 
         def loss(params: Any) -> tuple[Any, Any]:
             z = self.net.outputs_of(params, self.inputs)
@@ -79,7 +80,7 @@ class NetworkProblem:
 
         gradient, z = jax.grad(loss, has_aux=True)(params)
         self._start = weights, self._loss(z)
-        return self._start[1], self.weights.of(gradient)
+        return self._start[1], self._mean(self.weights.of(gradient))
 
     def loss(self, weights: Matrices) -> Any:
         """h on S' after a step from where `loss_and_gradient` was taken.
@@ -103,7 +104,7 @@ class NetworkProblem:
         z, Jd = jax.jvp(lambda params: self.net.outputs_of(params, self.inputs), (params,), (tangents,))
         with jax.enable_x64(True):
             z, y, Jd = jax.tree.map(_in_double, (z, self.targets, Jd))
-            return jax.jvp(lambda z: self.net.likelihood.loss(z, y), (z,), (Jd,))[1]
+            return self._mean(jax.jvp(lambda z: self.net.likelihood.loss(z, y), (z,), (Jd,))[1])
 
     def factors(self, weights: Matrices, links: bool) -> Factors:
         """The second moments on S1, with targets from the model's own distribution."""
@@ -120,7 +121,7 @@ class NetworkProblem:
             if isinstance(basis, LayerFactors):
                 found.append(None)
             elif layer.name in self._seen.rows:
-                found.append(_squares_of_rows(basis, self._seen.rows[layer.name]))
+                found.append(self._mean(_squares_of_rows(basis, self._seen.rows[layer.name])))
             else:
                 found.append(_squares_of_factors(basis, self._seen.moments[layer.name]))
         return tuple(found)
@@ -133,13 +134,17 @@ class NetworkProblem:
         N = examples_of(x)
         F_Jd = [jax.tree.map(lambda t: times(1 / N, t), self.net.likelihood.fisher_product(z, t)) for t in Jd]
         real = [i for i, t in enumerate(jax.tree.leaves(z)) if jnp.issubdtype(t.dtype, jnp.inexact)]
-        return inner_products(*([[jax.tree.leaves(t)[i] for i in real] for t in ts] for ts in (Jd, F_Jd)))
+        return self._mean(inner_products(*([[jax.tree.leaves(t)[i] for i in real] for t in ts] for ts in (Jd, F_Jd))))
 
     def _loss(self, outputs: Any) -> Any:
         """In float64: late in training the losses before and after a step differ in the last digits of float32."""
         with jax.enable_x64(True):
             z, y = jax.tree.map(_in_double, (outputs, self.targets))
-            return self.net.likelihood.loss(z, y)
+            return self._mean(self.net.likelihood.loss(z, y))
+
+    def _mean(self, x: Any) -> Any:
+        """Over the devices of `shard_map`."""
+        return x if self.net.axis_name is None else jax.lax.pmean(x, self.net.axis_name)
 
     def _subset(self, fraction: float, key: Any) -> tuple[Any, Any]:
         """A random fraction of the examples, one at least."""

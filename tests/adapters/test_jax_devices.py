@@ -24,4 +24,5 @@ def test_the_steps_on_several_devices_are_those_of_one(devices, structure):
     if structure == "block-diagonal":
         ways += ["jit", "inverses divided", "explicit"]
         ways += [f"explicit, {which} in parts" for which in ("a parameter", "all parameters")]
+    ways += ["KFAC in shard_map", "KFAC in jit"]
     assert done.stdout.splitlines() == [f"{devices} {structure} {way}" for way in ways]
