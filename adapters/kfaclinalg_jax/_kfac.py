@@ -34,9 +34,9 @@ class KFAC:
     and the length of the step comes from the exact quadratic model. There is no learning rate. A step that is not
     finite is refused, in the program: the parameters stay.
 
-    Called by itself `step` runs one of four programs, by what is due; it reads the device in the first three steps and,
-    while τ2 < 1, once every T1. Called in a program of your own, in `jax.jit` or `jax.lax.scan`, it holds the four and
-    chooses by the state, τ2 being what it starts with, and reads nothing.
+    Called by itself `step` runs one of four programs, by what is due (of six, where T1 meets T3 without T2); it reads
+    the device in the first three steps and, while τ2 < 1, once every T1. Called in a program of your own, in `jax.jit`
+    or `jax.lax.scan`, it holds them all and chooses by the state, τ2 being what it starts with, and reads nothing.
 
     Args:
         net: the network and its likelihood, which needs `fisher_product`.
