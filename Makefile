@@ -35,7 +35,7 @@ help:
 	@echo "make oldest   the algebra's tests on the oldest NumPy, SciPy and JAX  (TORCH=2.4.1 for the oldest torch)"
 	@echo "make newest   the docstrings' examples on Python 3.13, where it is on the PATH"
 	@echo "make interop  the curvature beside curvlinops, laplace-torch and kronfluence, with GPyTorch's solvers; Lightning's loop, Hugging Face's"
-	@echo "make jax      what finds a network's layers on JAX 0.9 and, where Python 3.12 is on the PATH, 0.12"
+	@echo "make jax      what finds a network's layers on JAX 0.9, beside kfac-jax, and, where Python 3.12 is on the PATH, 0.12"
 	@echo "make short    the demo, the race and the figures, all in short"
 	@echo "make environments  what oldest, newest, jax and interop install"
 	@echo "make lint     ruff and mypy"
@@ -92,10 +92,11 @@ newest: $(VENV)-newest/.made
 	else echo "no python3.13 on the PATH"; fi
 
 # The layers of a network in JAX are found in its programs, whose form changes from one version to the next: how well
-# XLA then compiles them is not of interest.
+# XLA then compiles them is not of interest. On JAX 0.9.0, and no later one, kfac-jax runs too.
+JAX_TESTS := $(addprefix tests/adapters/test_jax_,network.py peer.py)
 jax: $(VENV)-jax/.made $(VENV)-jax312/.made
 	@for python in $(VENV)-jax/bin/python $(VENV)-jax312/bin/python; do \
-	    if [ -x $$python ]; then (set -x; JAX_DISABLE_MOST_OPTIMIZATIONS=1 $$python -m pytest -q --noconftest tests/adapters/test_jax_network.py $(ARGS)) || exit; fi; \
+	    if [ -x $$python ]; then (set -x; JAX_DISABLE_MOST_OPTIMIZATIONS=1 $$python -m pytest -q --noconftest $(JAX_TESTS) $(ARGS)) || exit; fi; \
 	done
 
 # The environments beside .venv may be installed side by side.
@@ -103,7 +104,7 @@ environments: $(VENV)-oldest/.torch-$(TORCH) $(addsuffix /.made,$(addprefix $(VE
 
 $(VENV)-jax/.made: pyproject.toml | $(VENV)/.made
 	$(PYTHON) -m venv --clear $(VENV)-jax
-	$(VENV)-jax/bin/python -m pip install --quiet -e '.[optax]' 'jax==0.9.*' pytest
+	$(VENV)-jax/bin/python -m pip install --quiet -e '.[optax]' jax==0.9.0 jaxlib==0.9.0 kfac-jax==0.0.8 pytest
 	@touch $@
 
 $(VENV)-jax312/.made: pyproject.toml
