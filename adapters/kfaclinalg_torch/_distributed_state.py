@@ -127,6 +127,9 @@ class DistributedState:
         tensors: list[Tensor] = []
         value = template(self._closed(layer), tensors)
         tensors = [state[f"inverse.{layer.name}.{i}"] for i in range(len(tensors))]
+        exchange = self.preconditioner._exchange
+        if exchange is not None and exchange.grid.column.size > 1:  # as they arrive from their owner: a product's last
+            tensors = [x.contiguous() for x in tensors]  # bits follow from the strides
         return opened(filled(value, iter(tensors)), tensors[0])
 
     def _pair(self, state: dict[str, Tensor], name: str) -> Iterator[Tensor]:

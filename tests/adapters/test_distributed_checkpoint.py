@@ -16,9 +16,11 @@ from kfaclinalg_torch import DistributedState, Relative
 SAVED = 4
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 CASES = {
+    "ddp": ("ddp", {}),
     "ddp owner": ("ddp", {"placement": "owner"}),
     "fsdp eigen": ("fsdp", {"structure": "eigen"}),
     "fsdp sampled": ("fsdp", {"estimator": "sampled"}),
+    "hsdp": ("hsdp", {}),
     "hsdp low rank": ("hsdp", {"structure": LowRank(2), "damping": Relative(0.1)}),
     "ddp by substitution": ("ddp", {"placement": "owner", "inverse_period": 1}),
 }
