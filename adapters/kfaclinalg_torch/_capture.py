@@ -16,6 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ._blocks import Block
 from ._discovery import Site
+from ._gather import keep_what_is_saved
 from ._masks import check_examples, mask_of_block
 from ._use import Pass, Use, size_of
 from ._verdict import disagreement
@@ -41,6 +42,7 @@ class Capture:
         *,
         always: bool = False,
     ) -> None:
+        keep_what_is_saved()
         # The model holds the hooks; what they call must not live as long as it does.
         self.kept, self.followed, self.arrived, self.ended = map(_weakly, (kept, followed, arrived, ended))
         self.sites = sites

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from ._entries import Entries
@@ -23,6 +24,17 @@ def in_full_precision(f: Callable[..., Any]) -> Callable[..., Any]:
             return f(self, *args)
 
     return wrapped
+
+
+def keep_what_is_saved() -> None:
+    """What torch compiles from now on goes through several backward passes, as `gather` takes them.
+
+    Else the first one may use the memory of what the forward pass has saved, and torch refuses the second.
+    """
+    config: Any = torch._functorch.config
+    if getattr(config, "donated_buffer", False):  # from torch 2.5 on
+        config.donated_buffer = False
+        torch.compiler.reset()  # what was compiled before
 
 
 def gather(

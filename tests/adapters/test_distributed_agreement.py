@@ -207,9 +207,10 @@ def compiled(rank, world):
     found = {}
     for wrapper in ("ddp", "fsdp"):
         model = model_of()
-        called = torch.compile(wrapped(model, wrapper, world), backend="eager")
+        called = torch.compile(wrapped(model, wrapper, world), backend="aot_eager")
         preconditioner = made(called, placement="owner")
-        passed(called, preconditioner, rank)
+        called(batch_of(0)[0][: 2 + rank])  # so that the next size is compiled for any
+        passed(called, preconditioner, rank, split="uneven")
         preconditioner.step()
         found[wrapper] = whole(model[3].weight.grad).clone()
     return found

@@ -160,6 +160,31 @@ def test_a_model_may_be_compiled_in_other_ways(when):
 
 
 @compiles
+@pytest.mark.parametrize("when", ["before", "in place", "after", "and run before"])
+def test_a_compiled_model_takes_batches_of_several_sizes(when):
+    """The second size is compiled for any, and saves what torch's own backward pass would overwrite."""
+    torch.compiler.reset()
+    with torch._functorch.config.patch(donated_buffer=True):  # torch's default
+        model, other = (nn.Sequential(*network(4, 8), nn.LayerNorm(8), nn.Tanh(), *network(8, 3)) for _ in range(2))
+        called = torch.compile(model, backend="aot_eager") if when in ("before", "and run before") else model
+        if when == "in place":
+            model.compile(backend="aot_eager")
+        if when == "and run before":
+            for size in (5, 3):
+                called(batch()[0][:size])
+        preconditioner, expected = preconditioned(called), preconditioned(other)
+        if when == "after":
+            called = torch.compile(model, backend="aot_eager")
+        for size in (4, 7, 5):
+            x, y = (t[:size] for t in batch())
+            for one, passes, its in ((model, called, preconditioner), (other, other, expected)):
+                one.zero_grad()
+                backward(passes, its, x, y)
+                its.step()
+            assert_near(gradients(model), gradients(other), c=1000)
+
+
+@compiles
 def test_a_compiled_attention_is_captured():
     torch.compiler.reset()
     x, y = mixed_batch()
