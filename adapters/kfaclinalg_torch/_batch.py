@@ -20,6 +20,8 @@ class Batch:
     of them is ever copied. `mask` says which positions count.
     """
 
+    fewest = 1  # examples
+
     def __init__(
         self, inputs: Any, targets: Tensor, mask: Tensor | None = None, examples: Any = None, place: int = 0
     ) -> None:
@@ -29,8 +31,8 @@ class Batch:
         tensors = [*_tensors("inputs", tree_leaves(inputs)), *_tensors("targets", [targets])]
         tensors += [] if mask is None else _tensors("mask", [mask])
         sizes = [x.shape[0] for x in tensors]
-        if len(set(sizes)) > 1 or sizes[0] == 0:
-            raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > 0")
+        if len(set(sizes)) > 1 or sizes[0] < self.fewest:
+            raise ValueError(f"inputs and targets have {sizes} examples, expected the same number > {self.fewest - 1}")
 
     def __len__(self) -> int:
         return int((self.targets if self.examples is None else self.examples).shape[0])

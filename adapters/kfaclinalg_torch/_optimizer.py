@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from kfaclinalg import Factors, KFACState, LayerFactors, StepInfo, kfac_step
 
 from . import _resume as resume
-from ._batch import Batch
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
 from ._divided import divided
 from ._estimators import Empirical, estimator_of
 from ._likelihoods import Likelihood, likelihood_of, new_generator
-from ._masks import mask_of
 from ._once import restore
-from ._parallel import BEGIN, facts_of, part_of, probe, problem_of
+from ._parallel import BEGIN, facts_of, probe, problem_of
+from ._part import batch_of, part_of
 from ._settings import check_choice, options_of, tensor_of
 from ._table import table_of
 from ._team import Kept, Team, group_of
@@ -130,15 +129,13 @@ class KFAC(torch.optim.Optimizer):
         team = Team(self._group, self._trained.layers[0].parameters[0].device)
         with team.agreed(*BEGIN) as facts:
             self._trained.check()
-            batch = Batch(inputs, targets)
-            given = batch.call(self.mask) if mask is None and self.mask is not None else mask
-            batch = Batch(inputs, targets, mask_of(given, (), {}))
+            batch = batch_of(team, inputs, targets, mask, self.mask)
             facts.update(facts_of(self, team))
         before, drawn = (self._state, self.info), self.options.generator.get_state()
         batch = part_of(team, batch, self.options.generator)
         statistics, capture, weights = [(b, b.clone()) for b in self.model.buffers()], None, None  # running ones
         try:
-            probe(self._trained, team, next(batch.chunks(self.options.chunk_size))[1], self._tensor_of)
+            probe(self._trained, team, batch, self.options.chunk_size, self._tensor_of)
             capture, weights = self._trained.capture(), self._trained.network.weights()
             problem = self._problem(batch, capture, self.options, team)
             options = divided(self.options, self._state, team)

@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from kfaclinalg import KFACOptions
 
 from ._batch import Batch
 from ._capture import Capture
 from ._likelihoods import masked
-from ._masks import check_count
 from ._network import Matrices
+from ._part import Part, same_draws
 from ._problem import NetworkProblem
 from ._team import ALONE, Team
 from ._trained import Trained
-
-
-class Part(Batch):
-    """This process's examples of a batch of all, `where` in it, of so many in the `whole`."""
-
-    where: Tensor
-    whole: int
-
-    def subset(self, fraction: float, generator: torch.Generator) -> Part:
-        """Those of a random fraction of the whole batch that are this process's: there may be none."""
-        size = max(1, round(fraction * self.whole))
-        if size == self.whole:
-            return self
-        order = torch.randperm(self.whole, generator=generator, device=generator.device)[:size].cpu()
-        first = int(self.where[0])
-        own = ((order >= first) & (order < first + len(self))).nonzero()[:, 0]
-        found = Part(self.inputs, self.targets, self.mask, (order[own] - first).to(self.targets.device))
-        found.where, found.whole = own, size
-        return found
-
-    def chunks(self, size: int | None) -> Iterator[tuple[float, Batch]]:
-        for place, (share, piece) in enumerate(super().chunks(size) if len(self) else ()):
-            start = place * (size or len(self))
-            part = Part(piece.inputs, piece.targets, piece.mask, place=piece.place)
-            part.where, part.whole = self.where[start : start + len(piece)], self.whole
-            yield share, part
-
-
-def part_of(team: Team, batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch as a part of that of all processes, one after the other; the random numbers are the first one's.
-
-    Raises:
-        ValueError: of none a position counts.
-    """
-    told = team.told((len(batch), batch.counted), "the sizes of the parts")
-    check_count(sum(counted for _, counted in told))
-    if team.size == 1:
-        return batch
-    sizes = [size for size, _ in told]
-    same_draws(team, generator, 0)
-    part = Part(batch.inputs, batch.targets, batch.mask)
-    part.where, part.whole = torch.arange(len(batch)) + sum(sizes[: team.rank]), sum(sizes)
-    return part
-
-
-def same_draws(team: Team, generator: torch.Generator, rank: int) -> None:
-    """The random numbers go on as those of this process."""
-    state = generator.get_state().to(team.device)
-    with team.waiting("the random numbers"):
-        distributed.broadcast(state, team.global_rank(rank), group=team.group)
-    generator.set_state(state.cpu())
 
 
 class ParallelProblem(NetworkProblem):
@@ -81,15 +31,19 @@ class ParallelProblem(NetworkProblem):
     batch: Part
 
     def loss_and_gradient(self, weights: Matrices) -> tuple[Tensor, Matrices]:
+        h, gradient = weights[0].new_zeros(()), tuple(map(torch.zeros_like, weights))
         with self.team.agreed("the gradient"):
-            h, gradient = super().loss_and_gradient(weights)
-        h, *gradients = self._mean([h, *gradient], self.batch, "the gradient")
+            if len(self.batch):
+                h, gradient = super().loss_and_gradient(weights)
+        h, *gradients = self._mean([h.double(), *gradient], self.batch, "the gradient")
         return h, tuple(gradients)
 
     def loss(self, weights: Matrices) -> Tensor:
+        h = weights[0].new_zeros(())
         with self.team.agreed("the loss"):
-            h = super().loss(weights)
-        return self._mean([h], self.batch, "the loss")[0]
+            if len(self.batch):
+                h = super().loss(weights)
+        return self._mean([h.double()], self.batch, "the loss")[0]
 
     def curvature_gram(self, weights: Matrices, directions: Sequence[Matrices]) -> Tensor:
         with self.team.agreed("the curvature"):
@@ -153,12 +107,14 @@ def facts_of(optimizer: Any, team: Team) -> dict[str, Any]:
     return dict(zip(BEGIN[1:], facts, strict=False))
 
 
-def probe(trained: Trained, team: Team, batch: Batch, tensor_of: Any) -> None:
-    """`Trained.probe` of all processes."""
+def probe(trained: Trained, team: Team, batch: Batch, size: int | None, tensor_of: Any) -> None:
+    """`Trained.probe` of all processes; one without examples learns from the others."""
     if trained.probed:
         return
     with team.agreed("the first pass"):
-        trained.probe(batch, tensor_of)
+        for _, piece in islice(batch.chunks(size), 1):
+            trained.probe(piece, tensor_of)
+    trained.probed = True
     tell_gone(trained, team)
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_distributed_agreement import same
+from test_distributed_agreement import Doubled, same
 from together import N, batch_of, model_of, spawned, wrapped
 from torch import distributed, nn
 
@@ -17,6 +17,7 @@ from kfaclinalg_torch._team import ALONE
 WORLDS = (1, 2, 3, 4)
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 UNEVEN = {1: (12,), 2: (11, 1), 3: (1, 8, 3), 4: (1, 1, 9, 1)}  # S1 and S2 have none of some of them
+EMPTY = {1: (12,), 2: (12, 0), 3: (5, 0, 7), 4: (0, 5, 7, 0)}
 OPTIONS = {
     "block-diagonal": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
     "exact": {"estimator": "exact", "statistics_fraction": 1.0, "curvature_fraction": 0.5},
@@ -28,6 +29,10 @@ OPTIONS = {
     "chunks": {"chunk_size": 2, "statistics_fraction": 0.5, "curvature_fraction": 0.5},
     "uneven": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
     "uneven, masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
+    "empty": {"statistics_fraction": 0.5, "curvature_fraction": 0.25},
+    "empty, eigen": {"structure": "eigen", "statistics_fraction": 0.5},
+    "empty, masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.5, "chunk_size": 2},
+    "empty, block-tridiagonal": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
     "all masked": {"statistics_fraction": 0.5, "curvature_fraction": 0.5},
     "all masked, eigen": {"structure": "eigen", "estimator": "exact", "chunk_size": 2},
     "all masked, block-tridiagonal": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
@@ -36,7 +41,7 @@ OPTIONS = {
 
 def trained(name, rank=0, world=1, seed=3, steps=5):
     """The weights and what happened in each step, three γ in two of them; the seeds of the processes differ."""
-    parts = UNEVEN if "uneven" in name else PARTS
+    parts = UNEVEN if "uneven" in name else EMPTY if "empty" in name else PARTS
     counts = torch.ones(N, dtype=torch.bool)
     counts[slice(6, N) if "all masked" in name else slice(3, 6)] = False  # of the last process, and of others
     model = model_of()
@@ -67,6 +72,21 @@ def masked(rank, world):
         said = str(error)
     after = [p.detach() for p in model.parameters()], optimizer.options.generator.get_state()
     return losses, said, same((before, drawn), after)
+
+
+def empty(rank):
+    """Which layers are none, of two steps in which a process has no examples, and the error where none has any."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), Doubled(5, 3)).double(), batch_of(0)
+    optimizer = KFAC(model, "categorical", generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        optimizer.step(*(t.split(EMPTY[3])[rank] for t in (x, y)))
+    before, said = [p.detach().clone() for p in model.parameters()], ""
+    try:
+        optimizer.step(x[:0], y[:0])
+    except ValueError as error:
+        said = str(error)
+    return sorted(optimizer.layers), said, same(before, [p.detach() for p in model.parameters()])
 
 
 def refused(rank):
@@ -157,7 +177,7 @@ def run(rank, world):
     pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
     found = {name: trained(name, rank, world) for name in OPTIONS}
     if world == 3:
-        found["refused"], found["sharded"] = refused(rank), sharded(world)
+        found["refused"], found["sharded"], found["none"] = refused(rank), sharded(world), empty(rank)
         found["grouped"], found["masked"] = grouped(rank), masked(rank, world)
         found["nan"], found["error"] = (spoilt(rank, failure) for failure in (nothing_left, too_much))
         found["made"] = made_by(rank, Factored())
@@ -190,6 +210,13 @@ def test_a_part_of_which_nothing_counts_adds_nothing(processes):
         assert found == processes[3][0]["masked"][0]
         assert found == pytest.approx(losses, rel=1e-4)
         assert said == expected == "mask counts no position"
+        assert unchanged
+
+
+def test_a_process_without_examples_learns_from_the_others(processes):
+    for layers, said, unchanged in (process["none"] for process in processes[3]):
+        assert layers == ["0", "1.bias", "1.weight"]
+        assert said == "inputs and targets have no examples in any process, expected some"
         assert unchanged
 
 
@@ -251,4 +278,4 @@ def test_a_wrong_target_and_other_weights_are_everyones(processes):
 
 
 def test_the_parts_are_of_one_batch():
-    assert all(sum(parts) == N for split in (PARTS, UNEVEN) for parts in split.values())
+    assert all(sum(parts) == N for split in (PARTS, UNEVEN, EMPTY) for parts in split.values())
