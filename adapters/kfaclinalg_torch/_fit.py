@@ -56,7 +56,8 @@ def fit_curvature(
         offload: where the sums are kept, "cpu" for example; None: on the device of the model.
         progress: whether to show a progress bar, where tqdm is installed.
         options: `layers`, `fallback`, `weight_sharing`, `outputs`, `skip`, `generator`, `factor_dtype` as of
-            `KFACPreconditioner`; `mask`, a function of the model's inputs; `chunk_size`, examples at once.
+            `KFACPreconditioner`; `mask`, a function of the model's inputs; `chunk_size`, examples at once; `group`, the
+            processes that share the data, those of DistributedDataParallel or else all.
 
     Raises:
         TypeError, ValueError: a wrong option, an empty loader, or nothing that has a curvature. The model is as it was.
@@ -103,7 +104,8 @@ class _Kept(Statistic):
 def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple[Factors, int]:
     """A and G of each layer, and of how many examples they are the means."""
     pieces = passes.pieces(loader)
-    with passes.team.agreed("A and G"):
+    with passes.team.agreed("A and G", "the layers") as facts:
+        facts["the layers"] = [(layer.name, *(tuple(p.shape) for p in layer.parameters)) for layer in passes.layers]
         first = next(pieces)
         passes.settle(first)
     tell_gone(passes.trained, passes.team)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from curvature_cases import MODELS, Case, N
 from together import spawned
-from torch import nn
+from torch import distributed, nn
 
 from kfaclinalg_torch import fit_curvature
 
@@ -56,13 +56,27 @@ def branched(rank=None):
     return {name: [M.diagonal().clone() for M in pair] for name, pair in curvature.layers.items()}
 
 
+def grouped(rank):
+    """The examples of a process alone in its group, and the error of processes with other models in one."""
+    torch.manual_seed(0)
+    model, said = nn.Sequential(nn.Linear(4, 3 + rank), nn.Linear(3 + rank, 3)), ""
+    pair = torch.randn(SHARES[rank], 4), torch.zeros(SHARES[rank], dtype=torch.int64)
+    own = [distributed.new_group([one]) for one in range(WORLD)][rank]
+    alone = fit_curvature(model, "categorical", pair, progress=False, group=own)
+    try:
+        fit_curvature(model, "categorical", pair, progress=False)
+    except ValueError as error:
+        said = str(error)
+    return alone.examples, said
+
+
 def run(rank, world):
     found: dict = {repr(fit): fitted(*fit, rank) for fit in FITS}
     try:
         fitted("mlp", "block-tridiagonal", "exact", rank)
     except ValueError as error:
         found["refused"] = str(error)
-    found["branched"] = branched(rank)
+    found["branched"], found["grouped"] = branched(rank), grouped(rank)
     case = Case("mlp")
     try:
         fit_curvature(case.model, "categorical", [] if rank == 1 else case.loader(), progress=False)
@@ -99,3 +113,9 @@ def test_a_chain_in_several_processes_is_refused(processes):
 def test_an_error_of_one_process_is_everyones(processes):
     assert "process 1 of 2 failed at A and G" in processes[0]["empty"]
     assert "loader is empty" in processes[1]["empty"]
+
+
+def test_a_group_says_whose_data_it_is(processes):
+    for rank, (examples, said) in enumerate(process["grouped"] for process in processes):
+        assert examples == SHARES[rank]
+        assert "the processes differ in the layers at A and G" in said
