@@ -13,10 +13,12 @@ from kfaclinalg import Exact
 
 from ._estimators import Empirical
 from ._preconditioned import precondition
+from ._team import check_alone
 
 
 def step_alone(p: Any) -> None:
     """Average what was captured, refresh the inverses whose turn it is, and precondition the gradients in place."""
+    check_alone(p._was_running, "the preconditioner")
     for owner in p._owners:
         owner.check("preconditioner")
     estimate, inverses = p._estimate, p._inverses

@@ -21,7 +21,7 @@ from ._parallel import BEGIN, facts_of, probe, problem_of
 from ._part import batch_of, part_of
 from ._settings import check_choice, options_of, tensor_of
 from ._table import table_of
-from ._team import Kept, Team, group_of
+from ._team import Kept, Team, check_alone, group_of
 from ._trained import Group, Trained
 
 
@@ -126,6 +126,7 @@ class KFAC(torch.optim.Optimizer):
             ValueError: no examples, wrong shapes, targets outside the likelihood's range, a layer that is not used, a
                 parameter that was replaced or frozen. Nothing has changed then, nor after an interrupt.
         """
+        check_alone(self._group is not None, "KFAC")
         team = Team(self._group, self._trained.layers[0].parameters[0].device)
         with team.agreed(*BEGIN) as facts:
             self._trained.check()

@@ -25,7 +25,7 @@ from ._seen import Seen
 from ._settings import Damping, Number, Period, check_choice, check_together, dtype_of, sharing_of, values_of
 from ._shards import mesh_of
 from ._table import table_of
-from ._team import ALONE
+from ._team import ALONE, is_running
 from ._together import step_together
 
 
@@ -142,7 +142,7 @@ class KFACPreconditioner(Seen, Controlled):
             settled=self._settled,
             team=self._exchange.grid.all if self._exchange else ALONE,
         )
-        self._model, self._fallback = model, fallback
+        self._model, self._fallback, self._was_running = model, fallback, is_running()
         self._inverses = inverses_of(self.structure, inverse_period, known.layers)
         self._owners = owners(model, known.layers)
         self._gone: dict[str, str] = {}  # layers that the first pass has shown to be none

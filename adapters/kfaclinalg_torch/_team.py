@@ -18,6 +18,14 @@ def is_running() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def check_alone(was_running: bool, who: str) -> None:
+    """A RuntimeError where what was made for one process is one of several: the weights would drift apart."""
+    if not was_running and is_running() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"{who} was made before torch.distributed ran, for one process alone: make it after init_process_group"
+        )
+
+
 class Lost(RuntimeError):
     """Another process is gone, or was not heard of within the group's timeout: with it nothing can be agreed."""
 

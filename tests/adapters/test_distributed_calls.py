@@ -1,13 +1,14 @@
 """Calls in a wrong order are the same error in several processes as in one, in all of them and at the same step."""
 
 import warnings
+from unittest import mock
 
 import pytest
 from test_distributed_agreement import made, same, seen
 from together import batch_of, loss_of, model_of, spawned, wrapped
-from torch import nn
+from torch import distributed, nn
 
-from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg_torch import KFAC, KFACPreconditioner
 
 WORLD = 2
 WRAPPERS = ("ddp", "fsdp")
@@ -89,8 +90,26 @@ def in_order(kind, rank, world, zeroed):
     return preconditioner._steps
 
 
+def made_before(rank, world):
+    """What is said where torch.distributed runs since, and whether the weights and gradients are as they were."""
+    with mock.patch.object(distributed, "is_initialized", return_value=False):
+        model, other = model_of(), model_of()
+        preconditioner, optimizer = made(model), KFAC(other, "categorical")
+    called, said, weights = wrapped(model, "ddp", world), [], [p.detach().clone() for p in other.parameters()]
+    passed(called, preconditioner, rank, world, 0)
+    before = seen(preconditioner, model)
+    for step in (preconditioner.step, lambda: optimizer.step(*(t.chunk(world)[rank] for t in batch_of(0)))):
+        try:
+            step()
+        except RuntimeError as error:
+            said.append(str(error))
+    unchanged = same(before, seen(preconditioner, model))
+    return said, unchanged and same(weights, [p.detach() for p in other.parameters()])
+
+
 def run(rank, world):
     found = {f"{kind} {mistake}": said_of(kind, mistake, rank, world) for kind in WRAPPERS for mistake in MISTAKES}
+    found["before"] = made_before(rank, world)
     found["in one"] = said_of("ddp", "no update in one", rank, world)
     for kind in WRAPPERS:
         found[f"{kind} twice"] = twice(kind, rank, world)
@@ -123,6 +142,13 @@ def test_an_update_that_one_process_leaves_out_is_everyones_error(processes):
     assert NOTHING in processes[0]["in one"][0]
     assert "process 0 of 2 failed at the start of a step" in processes[1]["in one"][0]
     assert all(found["in one"][1] for found in processes)
+
+
+def test_what_was_made_for_one_process_is_none_of_several(processes):
+    for said, unchanged in (found["before"] for found in processes):
+        assert len(said) == 2
+        assert all("make it after init_process_group" in one for one in said)
+        assert unchanged
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
