@@ -10,12 +10,21 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from _sent_bytes import Sent
+from kfaclinalg import LowRank
 from kfaclinalg_torch._wire import Form
 
-WORLD = 4
+WORLD, RANK = 4, 2
 PLACEMENTS = [("ddp", "replicated"), ("ddp", 0.5), ("ddp", "owner"), ("fsdp", "owner"), ("fsdp", "replicated")]
+PLACEMENTS += [("hsdp", "owner")]
 WIRES = {None: 4, torch.bfloat16: 2}
-CASES = {f"{kind} {place} {wire}": (kind, place, wire) for kind, place in PLACEMENTS for wire in WIRES}
+STRUCTURES = {"block-diagonal": "block-diagonal", "eigen": "eigen", "low rank": LowRank(RANK)}
+CASES = {
+    f"{kind} {place} {wire} {structure}": (kind, place, wire, structure)
+    for kind, place in PLACEMENTS
+    for structure in STRUCTURES
+    for wire in WIRES
+    if wire is None or structure == "block-diagonal"
+}
 KINDS = {"owner": 1, "replicated": WORLD, 0.5: 2}
 
 
@@ -27,10 +36,11 @@ def even_model():
 
 def run(rank, world):
     found = {}
-    for name, (kind, placement, wire) in CASES.items():
+    for name, (kind, placement, wire, structure) in CASES.items():
         model = even_model()
         called = wrapped(model, kind, world)
-        preconditioner = made(called, placement=placement, wire_dtype=wire)
+        options = {"placement": placement, "wire_dtype": wire, "structure": STRUCTURES[structure]}
+        preconditioner = made(called, **options)
         beside = counted = 0.0
         for step in range(4):
             model.zero_grad()
@@ -45,8 +55,8 @@ def run(rank, world):
             counted += sent.bytes if sent else 0
         p = preconditioner
         held = [p._estimate.averages.layers, p._inverses.inverses]
-        entries = [x.numel() for x in tree_leaves(held) if isinstance(x, torch.Tensor)]
-        found[name] = counted / 2, sum(entries), beside / 2
+        sizes = [x.numel() for x in tree_leaves(held) if isinstance(x, torch.Tensor)]
+        found[name] = counted / 2, sum(sizes), beside / 2
     return found
 
 
@@ -63,23 +73,39 @@ def left(preconditioner):
     return sent
 
 
-def formula(kind, placement, wire):
+DENSE, NORMALISED = [(5, 8), (9, 8), (9, 4)], [(1, 2)] * 8  # [weight, bias] of three layers, (scale, shift)
+
+
+def formula(kind, placement, wire, structure):
     """Bytes a step with σ = 1 and τ = 2: beside the backward pass, and in the step."""
-    T, V = sizes()
-    P, b, r, w = WORLD, WIRES[wire], (WORLD - 1) / WORLD, KINDS[placement]
+    T, V, made_of = triangles(DENSE + NORMALISED), entries(DENSE + NORMALISED), MADE_OF[structure]
+    P, b, r, w = WORLD, WIRES[wire], (WORLD - 1) / WORLD, 2 if kind == "hsdp" else KINDS[placement]
     everywhere = placement == "replicated"
     statistics = (2 if everywhere else 1) * r * T * b
-    inverses = (w - 1) / P * T * b / 2
+    inverses = (w - 1) / P * made_of(DENSE + NORMALISED) * b / 2
+    if structure == "eigen":  # the squares of the gradients; a normalisation's follow from A and G
+        inverses += 2 * r * entries(DENSE) * b + (0 if everywhere else r * made_of(DENSE) * b)
+        inverses += 0 if everywhere else (w - 1) / P * entries(NORMALISED) * b
     if kind == "ddp":
         return statistics, inverses + (1 - w / P) * V * 4
-    return statistics, inverses + (r * V if everywhere else 2 * r * V / P) * 4
+    return statistics, inverses + (r * V if everywhere else 2 * (1 - w / P) * V * w / P) * 4
 
 
-def sizes():
-    """T and V of the model, from its shapes: [weight, bias] of three layers, (scale, shift) of eight channels."""
-    shapes = [(5, 8), (9, 8), (9, 4)]
-    T = sum(d * (d + 1) // 2 for shape in shapes for d in shape) + 8 * (1 + 3)
-    return T, sum(n * m for n, m in shapes) + 16
+def triangles(shapes):
+    """T."""
+    return sum(d * (d + 1) // 2 for shape in shapes for d in shape)
+
+
+def entries(shapes):
+    """V."""
+    return sum(n * m for n, m in shapes)
+
+
+MADE_OF = {
+    "block-diagonal": triangles,
+    "eigen": lambda shapes: sum(n * n + m * m + 2 * n * m for n, m in shapes),
+    "low rank": lambda shapes: sum(min(d, RANK) * (d + 1) + d for shape in shapes for d in shape),
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +122,8 @@ def test_the_bytes_of_a_step_are_those_of_the_formula(processes, name):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_memory_falls_with_the_processes(processes, kind):
     """There is one copy in all, and nobody has more than a share and the largest layer."""
-    whole = processes[0]["ddp replicated None"][1]
-    shares = [found[f"{kind} owner None"][1] for found in processes]
+    whole = processes[0]["ddp replicated None block-diagonal"][1]
+    shares = [found[f"{kind} owner None block-diagonal"][1] for found in processes]
     assert sum(shares) == whole
     assert max(shares) <= whole / WORLD + 2 * (9**2 + 8**2)
 
