@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from _sent_bytes import Sent
 from kfaclinalg import LowRank
+from kfaclinalg_torch import KFAC, _divided
 from kfaclinalg_torch._wire import Form
 
 WORLD, RANK = 4, 2
@@ -57,7 +58,18 @@ def run(rank, world):
         held = [p._estimate.averages.layers, p._inverses.inverses]
         sizes = [x.numel() for x in tree_leaves(held) if isinstance(x, torch.Tensor)]
         found[name] = counted / 2, sum(sizes), beside / 2
-    return found
+    return found | {"KFAC": of_kfac(rank, world)}
+
+
+def of_kfac(rank, world):
+    """The bytes of a step without a refresh, with one, and with one for each of three γ."""
+    _divided.PAYS, sents = 0, []
+    optimizer = KFAC(even_model(), "categorical", inverse_period=2, gamma_period=4)
+    for step in range(8):
+        with Sent() as sent:
+            optimizer.step(*(t.chunk(world)[rank] for t in batch_of(step, torch.float32)))
+        sents.append(sent.bytes)
+    return [sents[step] for step in (4, 5, 7)]
 
 
 def left(preconditioner):
@@ -117,6 +129,13 @@ def processes(tmp_path_factory):
 def test_the_bytes_of_a_step_are_those_of_the_formula(processes, name):
     counted = [sum(found[name][i] for found in processes) / WORLD for i in (2, 0)]
     assert counted == pytest.approx(formula(*CASES[name]), rel=1e-12)
+
+
+def test_the_bytes_of_kfac_are_those_of_the_formula(processes):
+    """2 r (T + V) b, and r T b for each γ for which inverses are made."""
+    T, V, r = triangles(DENSE + NORMALISED), entries(DENSE + NORMALISED), (WORLD - 1) / WORLD
+    counted = [sum(sents) / WORLD for sents in zip(*(found["KFAC"] for found in processes), strict=True)]
+    assert counted == pytest.approx([(2 * (T + V) + times * T) * r * 4 for times in (0, 1, 3)], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
