@@ -34,6 +34,9 @@ class DistributedState:
     """
 
     def __init__(self, preconditioner: Any) -> None:
+        if isinstance(preconditioner, torch.optim.Optimizer):
+            kind = type(preconditioner).__name__
+            raise TypeError(f"preconditioner is a {kind}, of which every process has the same state: take state_dict()")
         if preconditioner.structure.linked:
             raise ValueError(f"structure {preconditioner.structure!r} is the same in every process: take state_dict()")
         self.preconditioner = preconditioner

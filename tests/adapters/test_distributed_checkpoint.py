@@ -11,7 +11,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from kfaclinalg import LowRank
-from kfaclinalg_torch import DistributedState, Relative
+from kfaclinalg_torch import KFAC, DistributedState, Relative
 
 SAVED = 4
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
@@ -206,3 +206,8 @@ def test_what_is_stored_is_tensors_alone(runs, tmp_path):
     assert all(isinstance(x, torch.Tensor) for x in state.values())
     torch.save(state, tmp_path / "state")
     assert same(state, torch.load(tmp_path / "state", weights_only=True))
+
+
+def test_the_state_of_an_optimizer_is_its_own():
+    with pytest.raises(TypeError, match=r"is a KFAC, of which every process has the same state: take state_dict\(\)"):
+        DistributedState(KFAC(model_of(), "categorical"))

@@ -105,6 +105,20 @@ def refused(rank):
     return said
 
 
+def resumed(rank=0, world=1, states=None):
+    """The states after three steps, and the weights after three more; or these, from states of others."""
+    model = model_of()
+    optimizer = KFAC(model, "categorical", damping=0.1, generator=torch.Generator().manual_seed(0))
+    if states is not None:
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
+    for step in range(0 if states is None else 3, 6):
+        if step == 3:
+            states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        optimizer.step(*(t.split(PARTS[world])[rank] for t in batch_of(step)))
+    return states, model.state_dict()
+
+
 def spoilt(rank, failure):
     """A third step in which process 1 fails to invert what it owns; then all is well again."""
     model = model_of()
@@ -175,7 +189,7 @@ def grouped(rank):
 
 def run(rank, world):
     pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
-    found = {name: trained(name, rank, world) for name in OPTIONS}
+    found = {name: trained(name, rank, world) for name in OPTIONS} | {"resumed": resumed(rank, world)}
     if world == 3:
         found["refused"], found["sharded"], found["none"] = refused(rank), sharded(world), empty(rank)
         found["grouped"], found["masked"] = grouped(rank), masked(rank, world)
@@ -255,6 +269,14 @@ def test_the_shapes_say_whether_an_inverse_is_shared(d, pays):
     shared = _divided.Divided(Factored(), BlockDiagonal((one,)), ALONE)
     item = shared._item(LayerFactors(one.A, one.B), one)
     assert shared._pays(item, template(packed(one), []), one) is pays
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_another_number_of_processes_goes_on_from_a_state(processes, world):
+    """It is the same in all of them, and loaded with weights_only=True."""
+    states, weights = processes[world][-1]["resumed"]
+    torch.testing.assert_close(resumed(states=states)[1], weights, rtol=1e-9, atol=1e-9)
+    assert all(same(process["resumed"], processes[world][0]["resumed"]) for process in processes[world])
 
 
 def test_a_sharded_model_is_refused_with_what_takes_it(processes):
