@@ -25,6 +25,7 @@ from ._passes import Data, Passes
 from ._spectra import spectra_of
 from ._squares import squared_gradients
 from ._statistics import Statistic
+from ._team import Team, group_of
 from ._use import Use
 
 
@@ -37,6 +38,7 @@ def fit_curvature(
     estimator: Any = "exact",
     offload: torch.device | str | None = None,
     progress: bool = True,
+    group: Any = None,
     **options: Any,
 ) -> Curvature:
     """The `Curvature` of a trained model: A = E[a aᵀ] and G = E[g gᵀ] of each layer as means over a data set.
@@ -55,9 +57,9 @@ def fit_curvature(
             batch.
         offload: where the sums are kept, "cpu" for example; None: on the device of the model.
         progress: whether to show a progress bar, where tqdm is installed.
+        group: the processes that share the data; None: those of DistributedDataParallel, or all.
         options: `layers`, `fallback`, `weight_sharing`, `outputs`, `skip`, `generator`, `factor_dtype` as of
-            `KFACPreconditioner`; `mask`, a function of the model's inputs; `chunk_size`, examples at once; `group`, the
-            processes that share the data, those of DistributedDataParallel or else all.
+            `KFACPreconditioner`; `mask`, a function of the model's inputs; `chunk_size`, examples at once.
 
     Raises:
         TypeError, ValueError: a wrong option, an empty loader, or nothing that has a curvature. The model is as it was.
@@ -68,6 +70,7 @@ def fit_curvature(
     (torch.Size([3, 3]), True)
     """
     passes = Passes(model, likelihood, structure=structure, estimator=estimator, **options)
+    passes.team = Team(group_of(model, group), passes.device)
     check_loader("loader", loader)
     if passes.structure.observes or passes.structure.linked:
         check_again("loader", loader, f"{structure!r} takes two")

@@ -52,7 +52,6 @@ class Passes:
         generator: torch.Generator | None = None,
         factor_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
-        group: Any = None,
         **unknown: Any,
     ) -> None:
         check_known(unknown)
@@ -64,7 +63,7 @@ class Passes:
             raise ValueError(f"chunk_size is {chunk_size!r}, expected an integer >= 1 or None")
         self.estimator, self.structure = values_of(estimator, structure, {})
         self.likelihood: Likelihood = likelihood_of(likelihood)
-        group, self.model = group_of(model, group), unwrapped(model)
+        group, self.model = group_of(model, None), unwrapped(model)
         check_whole(self.model)
         known = found(self.model, skip, table_of(layers), fallback)
         options: dict[str, Any] = {"weight_sharing": weight_sharing, "fallback": fallback}
