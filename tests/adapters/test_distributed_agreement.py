@@ -106,6 +106,8 @@ def agreement(rank, world):
     found["nan"] = not_finite(rank)
     found["layers"] = other_layers(rank)
     found["halves"] = half_precision(rank)
+    defaults = {kind: made(wrapped(model_of(), kind, world)) for kind in ("ddp", "fsdp")}
+    found["replicated"] = {kind: one._exchange.grid.replicated for kind, one in defaults.items()}
     found["orders"] = orders(rank, world)
     found["accumulated"] = accumulated(rank, world)
     found["checkpointed"] = checkpointed(rank, world)
@@ -361,6 +363,10 @@ def test_what_one_process_meets_is_everyones_and_changes_nothing(processes, wrap
         expected = SAID[kind][rank != ODD]
         assert expected in said or (kind == "a failed inverse" and "could not be inverted in 3 refreshes" in said)
         assert unchanged
+
+
+def test_the_placement_follows_from_the_parameters(processes):
+    assert all(found["replicated"] == {"ddp": True, "fsdp": False} for found in processes)
 
 
 def test_a_nan_of_one_process_is_refused_by_all(processes):
