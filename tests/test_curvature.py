@@ -2,7 +2,7 @@ import functools
 
 import numpy as np
 import pytest
-from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend, uncompiled_backends
+from backends import NUMPY, TORCH, TORCH_FLOAT32, Backend, every_backend, jit_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import judge, random_spd
@@ -50,14 +50,15 @@ def test_block_diagonal_inverse(b, norm, gamma):
         judge(b, "block_diagonal_inverse", error, testing.inverse_bound(np.linalg.cond(dense), b.eps))
 
 
-@uncompiled_backends
+@jit_backends
 def test_singular_factors_need_damping(b):
     """Always-zero inputs, as MNIST's border pixels: singular without γ, fine with it."""
     singular = np.diag([1.0, 0.0])
     factors = Factors((LayerFactors(b.array(singular), b.array(np.eye(1))),))
     V = (b.array(np.ones((1, 2))),)
-    assert np.isnan(b.numpy((block_diagonal_inverse(factors, 0.0) @ V)[0])).all()
-    assert np.isfinite(b.numpy((block_diagonal_inverse(factors, 0.1) @ V)[0])).all()
+    solved = b.jit(lambda factors, gamma: (block_diagonal_inverse(factors, gamma) @ V)[0])
+    assert np.isnan(b.numpy(solved(factors, 0.0))).all()
+    assert np.isfinite(b.numpy(solved(factors, 0.1))).all()
 
 
 def truncated(A: np.ndarray, G: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +130,7 @@ def test_low_rank_inverse_takes_an_earlier_result_as_its_start(monkeypatch):
     assert errors[-1] < 1e-6 * errors[0]
 
 
-@uncompiled_backends
+@jit_backends
 def test_a_truncation_that_is_not_definite_is_nan(b):
     """Without the smaller eigenvalues of G - diag G, the sum with diag G may be indefinite where G is not."""
     G = np.asarray([[1.0, -1.0, -2.0], [-1.0, 5.0, -1.0], [-2.0, -1.0, 9.0]])
@@ -137,10 +138,11 @@ def test_a_truncation_that_is_not_definite_is_nan(b):
     assert np.linalg.eigvalsh(truncated(np.eye(2), G, 1)[1])[0] < -0.3
     A, V = b.array(np.eye(2)), b.array(np.ones((3, 2)))
     factors = Factors((LayerFactors(A, b.array(G)), LayerFactors(A, b.array(np.eye(3)))))
-    lost, kept = low_rank_inverse(factors, 1e-3, rank=1) @ (V, V)
+    solved = b.jit(lambda factors, gamma: low_rank_inverse(factors, gamma, rank=1) @ (V, V))
+    lost, kept = solved(factors, 1e-3)
     assert np.isnan(b.numpy(lost)).all()
     assert np.isfinite(b.numpy(kept)).all()
-    assert np.isfinite(b.numpy((low_rank_inverse(factors, 1.0, rank=1) @ (V, V))[0])).all()
+    assert np.isfinite(b.numpy(solved(factors, 1.0)[0])).all()
 
 
 @pytest.mark.parametrize(
@@ -176,23 +178,25 @@ def test_block_tridiagonal_inverse_of_random_networks(b, gamma, seed):
     check_block_tridiagonal(b, gamma, seed)
 
 
-@uncompiled_backends
+@jit_backends
 def test_the_dense_form_and_its_determinant(b):
     net = network(b, 0.1)
-    inverse = block_tridiagonal_inverse(net.factors, 0.1)
+    inverse = b.jit(block_tridiagonal_inverse)(net.factors, 0.1)
+    found, its_logdet = b.jit(lambda inverse: (inverse.to_dense(), inverse.logdet()))(inverse)
     exact = pairwise_joint_inverse(net)
     bound = testing.inverse_bound(np.linalg.cond(exact), b.eps)
-    np.testing.assert_allclose(b.numpy(inverse.to_dense()), exact, atol=bound * np.linalg.norm(exact, 2))
+    np.testing.assert_allclose(b.numpy(found), exact, atol=bound * np.linalg.norm(exact, 2))
     logdet = np.linalg.slogdet(exact)[1]
-    assert b.numpy(inverse.logdet()) == pytest.approx(logdet, abs=len(exact) * bound)
+    assert b.numpy(its_logdet) == pytest.approx(logdet, abs=len(exact) * bound)
 
 
-@uncompiled_backends
+@jit_backends
 def test_without_links_it_is_the_block_diagonal_inverse(b):
     factors = network(b, 0.0).factors
     zero = Factors(factors.layers, tuple(Link(0 * A, 0 * G) for A, G in factors.links))
     Vs = tuple(b.array(np.ones((m, n))) for n, m in SIZES)
-    one, other = block_tridiagonal_inverse(zero, 0.1) @ Vs, block_diagonal_inverse(factors, 0.1) @ Vs
+    one = b.jit(lambda zero: block_tridiagonal_inverse(zero, 0.1) @ Vs)(zero)
+    other = b.jit(lambda factors: block_diagonal_inverse(factors, 0.1) @ Vs)(factors)
     for U, W in zip(one, other, strict=True):
         np.testing.assert_allclose(b.numpy(U), b.numpy(W), rtol=testing.inverse_bound(1e3, b.eps))
 
@@ -208,7 +212,7 @@ def test_a_damped_link_is_caught():
     )
 
 
-@uncompiled_backends
+@jit_backends
 def test_inconsistent_links_give_nan_in_their_layer(b):
     """A link that no joint distribution has: its layer, given the next, is not definite."""
     one = np.eye(2)
@@ -216,17 +220,18 @@ def test_inconsistent_links_give_nan_in_their_layer(b):
         tuple(LayerFactors(b.array(one), b.array(one)) for _ in range(3)),
         (Link(b.array(0.5 * one), b.array(0.5 * one)), Link(b.array(1.1 * one), b.array(1.1 * one))),
     )
-    inverse = block_tridiagonal_inverse(factors, 0.0)
+    inverse = b.jit(block_tridiagonal_inverse)(factors, 0.0)
     assert np.isfinite(b.numpy(inverse.Lambda[0].weights)).all()
     assert np.isnan(b.numpy(inverse.Lambda[1].weights)).all()
-    assert np.isnan(b.numpy(inverse.logdet()))
+    assert np.isnan(b.numpy(b.jit(lambda inverse: inverse.logdet())(inverse)))
 
 
-@uncompiled_backends
+@jit_backends
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 def test_exactly_damped_inverse(b, damping):
     net = network(b, 0.0)
-    Us = exactly_damped_inverse(net.factors, damping) @ tuple(map(b.array, net.Vs))
+    solved = b.jit(lambda factors, damping, Vs: exactly_damped_inverse(factors, damping) @ Vs)
+    Us = solved(net.factors, damping, tuple(map(b.array, net.Vs)))
     for i, (U, V) in enumerate(zip(Us, net.Vs, strict=True)):
         dense = net.blocks[i][i] + damping * np.eye(len(net.blocks[i][i]))
         error = testing.backward_error(dense, testing.vec(b.numpy(U)), testing.vec(V))
