@@ -1,4 +1,7 @@
-"""Seconds of the processor to compile a step of 6 and of 24 equal layers: a program, for the flags of XLA are fixed."""
+"""Seconds to compile a step of 24 equal layers over those of 6, of the processor; the shapes are the same.
+
+python asv_benchmarks/jax_compiling.py
+"""
 
 import time
 
@@ -32,4 +35,4 @@ def seconds(depth):
 
 if __name__ == "__main__":
     seconds(2)  # what comes first warms up
-    print(seconds(6), seconds(24))
+    print(f"{1 / seconds(6) * seconds(24):.2f}")
