@@ -54,20 +54,19 @@ def _here(net: Any, params: Any, inputs: Any, y: Any, key: Any) -> tuple[Any, An
     def back(cotangent: Any) -> Any:
         return pull(jax.tree.map(cast, cotangent, outputs))
 
-    gradient, slopes_of_loss = back(first)
-    if isinstance(net.estimator, Empirical) and not traced.has_entries:
-        draws, slopes = 1, jax.tree.map(lambda g: traced.N * g, (gradient, slopes_of_loss))
-
-        def drawn(draw: Any) -> Any:
-            return slopes
-
-    else:
-        draws = net.estimator.draws(numbers)
-        own = key if net.axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(net.axis_name))
-
-        def drawn(draw: Any) -> Any:
-            return back(net.estimator.cotangent(net.likelihood, numbers, y, draw, own))
-
+    gradient, slopes = back(first)
+    draws, drawn = _draws(net, traced, slopes=(gradient, slopes), back=back, at=(numbers, y, key))
     shown = Shown(seen, traced.N, traced.dtypes, net.reduced)
     statistics = statistics_of(traced, shown, net.keep, draws, drawn, net.axis_name)
     return (loss, found), jax.tree.unflatten(tree, gradient), statistics
+
+
+def _draws(net: Any, traced: Any, *, slopes: Any, back: Any, at: Any) -> tuple[int, Any]:
+    """Of how many draws G is made, and what each sends back: the loss itself, N times its mean's, or targets."""
+    if isinstance(net.estimator, Empirical) and not traced.has_entries:
+        scaled = jax.tree.map(lambda g: traced.N * g, slopes)
+        return 1, lambda draw: scaled
+    numbers, y, key = at
+    own = key if net.axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(net.axis_name))
+    cotangent = partial(net.estimator.cotangent, net.likelihood, numbers, y)
+    return net.estimator.draws(numbers), lambda draw: back(cotangent(draw, own))

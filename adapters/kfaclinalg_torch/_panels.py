@@ -43,3 +43,8 @@ def mirrored(M: Tensor) -> Tensor:
 def width_of(n: int) -> int:
     """Rows of a panel, of n: about as many in each, so that the last is not narrow."""
     return -(-n // max(1, n // PANEL))
+
+
+def flops_of(n: int) -> int:
+    """Those of `add_moment`, a row of n."""
+    return n * (n + width_of(n))

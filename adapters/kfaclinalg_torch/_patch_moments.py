@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._panels import add_moment, add_product, mirrored, width_of
+from ._panels import add_moment, add_product, flops_of, mirrored
 from ._patches import Convolution, Grid, grid_of, pixels_of
 
 BUFFER = 16 * 2**20  # bytes of patches that `patch_moment` holds at once, or those of one example
@@ -73,7 +73,7 @@ def _shifts_pay(grid: Grid, g: int, unseen: Tensor) -> bool:
     shifts = (prod(2 * k - 1 for k in grid.kernel) + 1) // 2
     borders = int(unseen.sum(1) @ torch.arange(K, 0, -1))  # at most
     narrow = (shifts * prod(grid.extent) + borders) * C * (C // g + ENTRY)
-    wide = grid.positions * K * C * ((n + width_of(n)) / 2 + ENTRY)
+    wide = grid.positions * g * (flops_of(n) / 2 + n * ENTRY)
     return N * narrow + APART * n**2 * g + CALL * CALLS * K * (K + 1) / 2 < N * wide
 
 
