@@ -26,10 +26,14 @@ class Whitened(NamedTuple):
 
 def applies(U: Array, s: Array, d: Array) -> bool:
     """Whether it is one matrix, whose values may be read, with positive s and d."""
-    if (U.ndim, s.ndim, d.ndim) != (2, 1, 1) or 0 in U.shape or not all(map(_backends.may_read, (U, s, d))):
-        return False
-    xp = _backends.namespace_of(U)
-    return bool(xp.min(s) > 0) and bool(xp.min(d) > 0) and bool(xp.max(d) < float("inf"))
+    single = (U.ndim, s.ndim, d.ndim) == (2, 1, 1) and 0 not in U.shape
+    return single and _backends.may_read(U, s, d) and bool(_are_positive(s, d))
+
+
+@_backends.formula
+def _are_positive(s: Array, d: Array) -> Array:
+    xp = _backends.namespace_of(s)
+    return (xp.min(s) > 0) & (xp.min(d) > 0) & (xp.max(d) < float("inf"))
 
 
 def whitened(U: Array, s: Array, d: Array) -> Whitened:
@@ -47,7 +51,6 @@ def noise(b: _backends.Backend, k: int) -> float:
     return (8 + k**0.5) * b.eps
 
 
-@_backends.formula
 def inverse(U: Array, s: Array, d: Array) -> tuple[Array, Array, Array]:
     """U, s and d of M⁻¹ = diag(1/d) - T Tᵀ."""
     b, k = _backends.backend_of(U), s.shape[0]

@@ -67,7 +67,6 @@ def between(B: SideLike, X: Array, A: SideLike) -> Array:
     return _backends.product(B, X, A.mT)
 
 
-@_backends.formula
 def between_inverses(B: SideLike, X: Array, A: SideLike) -> Array:
     """B⁻¹ X A⁻¹."""
     for M in (B, A):

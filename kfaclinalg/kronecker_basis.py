@@ -101,6 +101,5 @@ class KroneckerBasis(Value):
         return _backends.resolve(K_A=self.K_A, K_B=self.K_B)
 
 
-@_backends.formula
 def _applied(K_A: Array, K_B: Array, weights: Array, X: Array) -> Array:
     return _backends.product(K_B, _backends.product(K_B.mT, X, K_A) * weights, K_A.mT)

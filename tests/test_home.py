@@ -33,7 +33,7 @@ from kfaclinalg import (
     testing,
     update_factors,
 )
-from kfaclinalg._backends import composed, config, home, routines, single
+from kfaclinalg._backends import composed, config, home, in_place, routines, single, spectra, views
 
 N, M = 83, 3  # more than one block, and less
 both_dtypes = pytest.mark.parametrize("b", [TORCH, TORCH_FLOAT32], ids=str)
@@ -105,8 +105,10 @@ CALLS = {
     "block_diagonal_inverse": lambda A, G, V: leaves(block_diagonal_inverse(average(A, G), 0.1).blocks[0]),
 }
 PRODUCTS = ("Kronecker", "Kronecker, outer", "second_moment", "batch_factors", "update_factors")
-RANK_N = ("second_moment", "batch_factors", "update_factors")
+MOMENTS = {"second_moment": 1, "batch_factors": 2, "update_factors": 2}
+RANK_N = (single.moment, single.updated_moment)
 calls = pytest.mark.parametrize("name", CALLS)
+both_ways = pytest.mark.parametrize("native", [False, True])  # by SciPy, and by torch in place
 
 
 def arguments(b, n=N, m=M):
@@ -123,11 +125,11 @@ def machine(monkeypatch):
         monkeypatch.setattr(config, "is_intel", lambda: intel)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         monkeypatch.setattr(home, "is_native", lambda: native)
-        home.goes_to_scipy.cache_clear()
+        home.mkl_is_slower.cache_clear()
 
     yield named
     monkeypatch.undo()
-    home.goes_to_scipy.cache_clear()
+    home.mkl_is_slower.cache_clear()
 
 
 @pytest.fixture
@@ -135,8 +137,8 @@ def taken(machine, monkeypatch):
     """A machine on which all goes to SciPy; the list grows with each routine that torch's tensors take there."""
     machine()
     steps = []
-    viewed = home._viewed
-    monkeypatch.setattr(home, "_viewed", lambda f, *args: steps.append(f) or viewed(f, *args))
+    viewed = home.viewed
+    monkeypatch.setattr(home, "viewed", lambda f, *args: steps.append(f) or viewed(f, *args))
     return steps
 
 
@@ -157,18 +159,22 @@ def assert_close(b, name, args, computed):
 
 @calls
 @pytest.mark.parametrize("setting", [{"intel": True}, {"mkl": False}, {"native": True}], ids=str)
-def test_elsewhere_only_rank_n_products_leave_torch(name, setting, taken, machine):
+def test_elsewhere_only_what_torch_lacks_leaves_it(name, setting, taken, machine):
     machine(**setting)
     args = arguments(TORCH)
     assert_close(TORCH, name, args, CALLS[name](*args))
-    assert len(taken) == (0 if "native" in setting else RANK_N.count(name) + (name in RANK_N[1:]))
+    left = [f for f in taken if f.__module__ != in_place.__name__]
+    assert sum(f in RANK_N for f in left) == (0 if "native" in setting else MOMENTS.get(name, 0))
+    assert not left or "native" not in setting
+    others = [f for f in left if f not in (*RANK_N, spectra.pencil, spectra.pencil_values)]
+    assert not [f for f in others if f.__module__ in (single.__name__, spectra.__name__)]  # formulas
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
         ({}, "SciPy, since torch's BLAS is MKL and the processor is not Intel's"),
-        ({"intel": True}, "torch, whose BLAS is MKL on an Intel processor; SciPy for symmetric rank-N products"),
+        ({"intel": True}, "torch, whose BLAS is MKL on an Intel processor; SciPy for what torch does not have"),
         ({"mkl": False}, "torch, whose BLAS is not MKL; SciPy for"),
         ({"native": True}, "torch, for KFACLINALG_BLAS=native"),
     ],
@@ -201,10 +207,10 @@ def test_a_misspelt_environment_is_refused(monkeypatch):
 
 def test_the_one_private_function_of_torch_tells_who_watches():
     """When it goes, ask each of `torch.func`, `torch.jit` and `torch.utils._python_dispatch`, or stay in torch."""
-    seen = [home.is_watched()]
+    seen = [views.is_watched()]
     with Mode():
-        seen.append(home.is_watched())
-    torch.func.vmap(lambda x: (seen.append(home.is_watched()), x)[1])(torch.ones(2))
+        seen.append(views.is_watched())
+    torch.func.vmap(lambda x: (seen.append(views.is_watched()), x)[1])(torch.ones(2))
     assert seen == [False, True, True]
 
 
@@ -226,9 +232,10 @@ def test_plain_tensors_are_taken(b, name, n, m, taken):
 
 @both_dtypes
 @pytest.mark.parametrize("kind", testing.SPECTRA)
-@pytest.mark.parametrize("intel", [False, True])
-def test_errors_are_within_their_bounds(b, kind, intel, taken, monkeypatch):
-    monkeypatch.setattr(single, "is_intel", lambda: intel)
+@pytest.mark.parametrize(("intel", "native"), [(False, False), (True, False), (False, True)])
+def test_errors_are_within_their_bounds(b, kind, intel, native, taken, machine, monkeypatch):
+    monkeypatch.setattr(single, "is_intel", lambda: intel)  # another way to invert a factor
+    machine(native=native)
     for n in (2, 24, 200):
         sample = Sample(n, kind=kind, decades=0.8)
         check_inverse(b, sample)
@@ -298,7 +305,7 @@ WATCHED = {
 }
 
 
-WATCHED_CALLS = ("block_diagonal_inverse", "Kronecker", "second_moment")  # all take the one door, `home._views`
+WATCHED_CALLS = ("block_diagonal_inverse", "Kronecker", "second_moment")  # all take the one door, `views`
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected", "ignore::torch.jit.TracerWarning")
@@ -363,6 +370,7 @@ def broken(kind, dtype):
 
 
 @both_dtypes
+@both_ways
 @pytest.mark.parametrize("n", [3, 130])
 @pytest.mark.parametrize(
     "kind",
@@ -371,7 +379,8 @@ def broken(kind, dtype):
         *("infinity above", "minus infinity"),
     ],
 )
-def test_what_is_not_definite_is_nan_and_nothing_warns(b, kind, n, taken):
+def test_what_is_not_definite_is_nan_and_nothing_warns(b, native, kind, n, taken, machine):
+    machine(native=native)
     A = np.eye(n, dtype=b.dtype)
     A[-3:, -3:] = broken(kind, b.dtype)
     A, V = b.array(A), b.array(np.ones((n, 2)))
@@ -395,8 +404,10 @@ def test_products_with_nan_and_infinity_are_those_of_torch(b, taken, machine):
 
 
 @both_dtypes
+@both_ways
 @pytest.mark.parametrize("n", [1, 2, 79, 80, 81, 160, 161, 257])
-def test_symmetric_results_are_exactly_symmetric(b, n, taken):
+def test_symmetric_results_are_exactly_symmetric(b, native, n, taken, machine):
+    machine(native=native)
     A, G, V = arguments(b, n, 4)
     old = LayerFactors(A + A.mT, G + G.mT)
     results = [
@@ -406,18 +417,22 @@ def test_symmetric_results_are_exactly_symmetric(b, n, taken):
     ]
     for x in results:
         assert torch.equal(x, x.mT)
-    assert len(taken) == 5
+    assert len(taken) == (1 if native else 5)
 
 
 @both_dtypes
+@both_ways
 @pytest.mark.parametrize("n", [1, 2, 79, 80, 81, 160, 161, 257])
-def test_a_cholesky_factor_is_zero_above_the_diagonal(b, n, taken):
+def test_a_cholesky_factor_is_zero_above_the_diagonal(b, native, n, taken, machine):
+    machine(native=native)
     L = spd.cholesky(arguments(b, n, 4)[0])
     assert len(taken) == 1
     assert torch.equal(L, L.tril())
 
 
-def test_large_entries_do_not_overflow_when_symmetrised(taken):
+@both_ways
+def test_large_entries_do_not_overflow_when_symmetrised(native, taken, machine):
+    machine(native=native)
     A = torch.eye(3) * 3e38
     torch.testing.assert_close(spd.inverse(A), torch.eye(3) / 3e38)
     assert len(taken) == 1
@@ -429,7 +444,7 @@ def test_the_table_of_the_cellar_is_that_of_the_code():
     shown = {}
     for line in rows:
         names, *marks = [cell.strip() for cell in line.strip("|").split("|")]
-        columns = ("single", "torch", "jax", "cupy", "numpy")
+        columns = ("single", "in_place", "torch", "jax", "cupy", "numpy")
         shown |= {name: {c for c, mark in zip(columns, marks, strict=True) if mark} for name in names.split(", ")}
     found = {
         name: f.bodies
@@ -440,7 +455,7 @@ def test_the_table_of_the_cellar_is_that_of_the_code():
     assert shown == found
 
 
-def test_the_bounds_catch_a_triangle_that_is_not_copied(monkeypatch, taken):
+def test_the_bounds_catch_a_triangle_that_is_not_copied(monkeypatch, taken, machine):
     monkeypatch.setattr(single, "mirrored", lambda X: X.T)
     with pytest.raises(AssertionError):
-        test_symmetric_results_are_exactly_symmetric(TORCH, N, taken)
+        test_symmetric_results_are_exactly_symmetric(TORCH, False, N, taken, machine)

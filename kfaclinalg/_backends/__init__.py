@@ -3,16 +3,17 @@
 `door` says which backend an array has, `routines` and `composed` compute, `home` holds the rule for torch's CPU. Each
 routine has one body in the array API's terms; another one stands here where a measurement shows that it pays:
 
-| routine | single matrices: of NumPy, and of torch's CPU by the rule of `home` | torch | JAX | CuPy | NumPy's batches |
-|---|---|---|---|---|---|
-| product, moment, updated_moment | x | | | | |
-| shifted | | x | | | |
-| cholesky, solve, general_inverse, completed | x | x | | | |
-| inverse | x | x | x | | |
-| trace | | | x | | |
-| inverse_of_factor | | x | | | |
-| forward_substitution, back_substitution | x | x | x | x | x |
-| substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | |
+| routine | single matrices, by the rule of `home` | by torch's, in place | torch | JAX | CuPy | NumPy's batches |
+|---|---|---|---|---|---|---|
+| product, moment, updated_moment | x | | | | | |
+| shifted | | | x | | | |
+| cholesky, solve | x | x | x | | | |
+| general_inverse, completed | x | | x | | | |
+| inverse | x | x | x | x | | |
+| trace | | | | x | | |
+| inverse_of_factor | | | x | | | |
+| forward_substitution, back_substitution | x | | x | x | x | x |
+| substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | | |
 """
 
 from .._typing import Array, ArrayT, Device, DType, Namespace, Scalar, Scalars
@@ -30,7 +31,7 @@ from .door import (
     widest,
 )
 from .finiteness import LinAlgError, all_finite, assert_finite, values
-from .home import formula, in_full_precision, may_read
+from .home import formula, in_full_precision
 from .members import kept, per_member, reciprocal, symmetrised
 from .routines import (
     back_substitution,
@@ -56,6 +57,7 @@ from .routines import (
 )
 from .scalars import array_beside, beside, count, in_double, in_dtype, is_finite, scalar, weight, where
 from .stacking import each
+from .views import may_read
 
 __all__ = [
     "NAN",

@@ -54,11 +54,11 @@ def _who() -> str:
     import torch
 
     mkl: Any = torch.backends.mkl
-    rank_n = "SciPy for symmetric rank-N products, which torch does not have"
+    lacked = "SciPy for what torch does not have, as symmetric rank-N products"
     if not mkl.is_available():
-        return f"torch, whose BLAS is not MKL; {rank_n}"
+        return f"torch, whose BLAS is not MKL; {lacked}"
     if is_intel():
-        return f"torch, whose BLAS is MKL on an Intel processor; {rank_n}"
+        return f"torch, whose BLAS is MKL on an Intel processor; {lacked}"
     return "SciPy, since torch's BLAS is MKL and the processor is not Intel's"
 
 

@@ -1,28 +1,28 @@
 """Who computes with single matrices of torch's CPU: torch, or SciPy's BLAS and LAPACK on the same memory.
 
-The rule, decided once a process: a symmetric rank-N product, which torch does not have, goes to BLAS; everything else
-goes to SciPy only where torch's BLAS is MKL and the processor is not Intel's, on which MKL takes slower kernels. With
-KFACLINALG_BLAS=native in the environment all of it stays in torch. So does whatever asks for more than values: a
-derivative, a transformation, a trace, a subclass, several processes. Each library has its own number of threads.
+The rule, decided once a process: what torch does not have, a symmetric rank-N product, a generalised eigenproblem, a
+formula of many small steps, goes to SciPy; everything else goes there only where torch's BLAS is MKL and the processor
+is not Intel's, on which MKL takes slower kernels. With KFACLINALG_BLAS=native in the environment, and in several
+processes, all of it stays in torch. So does whatever asks for more than values: a derivative, a transformation, a
+trace, a subclass. Each library has its own number of threads.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from .door import kind_of
 from .processor import is_intel
+from .views import viewed, views
 
 Body = Callable[..., Any]
 F = TypeVar("F", bound=Body)
-WATCHERS = ("FuncTorchDynamicLayerFrontMode", "Python")  # torch.func, a TorchDispatchMode
 
 
 @cache
@@ -34,27 +34,43 @@ def is_native() -> bool:
     return asked == "native"
 
 
-def rank_n_goes_to_blas() -> bool:
-    """The rule for symmetric rank-N products."""
-    return not is_native()
+def torch_lacks_it() -> bool:
+    """The rule for what torch does not have."""
+    return not is_native() and not _in_processes()
+
+
+def goes_to_scipy() -> bool:
+    """The rule for everything else."""
+    return mkl_is_slower() and torch_lacks_it()
 
 
 @cache
-def goes_to_scipy() -> bool:
-    """The rule for everything else."""
+def mkl_is_slower() -> bool:
+    """Whether torch's BLAS is MKL, on a processor that is not Intel's."""
     import torch
 
     mkl: Any = torch.backends.mkl
-    return not is_native() and mkl.is_available() and not is_intel()
+    return mkl.is_available() and not is_intel()
+
+
+def _in_processes() -> bool:
+    """Whether there are other processes, whose machines may be others."""
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def routine(
-    *, single: Body | None = None, rule: Callable[[], bool] = goes_to_scipy, **own: Body
+    *,
+    single: Body | None = None,
+    in_place: Body | None = None,
+    rule: Callable[[], bool] = goes_to_scipy,
+    **own: Body,
 ) -> Callable[[Body], Body]:
     """The body below, or another one in its place: the backend's own, or `single` for single matrices of a CPU.
 
     `single` takes floats and NumPy arrays of no dimension or two, none of them empty, and changes none. It returns an
-    array or several.
+    array or several. So does `in_place`, in torch's own LAPACK, for matrices that the rule leaves to torch.
     """
 
     def chosen(standard: Body) -> Body:
@@ -66,8 +82,10 @@ def routine(
             if single is not None:
                 if kind == "numpy" and _are_single(args):
                     return single(*args)
-                if kind == "torch" and (views := _views(args, rule, (0, 2))) is not None:
-                    return _viewed(single, views)
+                if kind == "torch":
+                    for body, may in ((single, rule), (in_place, None)):
+                        if body is not None and (seen := views(args, (0, 2), may)) is not None:
+                            return viewed(body, seen)
             try:
                 return (in_torch if kind == "torch" else own.get(kind, standard))(*args)
             except np.linalg.LinAlgError:  # NumPy throws a batch away for one member
@@ -75,20 +93,21 @@ def routine(
                     raise
                 return standard(*args)
 
-        run.bodies = {*own, *(("single",) if single else ())}  # type: ignore[attr-defined]
+        kinds = {"single": single, "in_place": in_place}
+        run.bodies = {*own, *(name for name, body in kinds.items() if body)}  # type: ignore[attr-defined]
         return run
 
     return chosen
 
 
 def formula(f: F) -> F:
-    """f, of arrays and numbers by position, computed by one library from end to end: where the rule says SciPy, on
-    NumPy's views of torch's matrices."""
+    """f, of arrays and numbers by position, in many small steps, which torch takes longer to call: on NumPy's views of
+    torch's matrices."""
 
     @wraps(f)
     def run(*args: Any, **options: Any) -> Any:
-        if _are_tensors(args) and (views := _views(args, goes_to_scipy, (0, 1, 2))) is not None:
-            return _viewed(f, views, options)
+        if _are_tensors(args) and (seen := views(args, (0, 1, 2), torch_lacks_it)) is not None:
+            return viewed(f, seen, options)
         return f(*args, **options)
 
     return cast(F, run)
@@ -106,79 +125,6 @@ def in_full_precision(f: F) -> F:
             return f(*args, **options)
 
     return cast(F, run)
-
-
-def is_watched() -> bool:
-    """Whether operations of torch themselves are asked for, by `torch.func`, a trace or a TorchDispatchMode.
-
-    No public function tells of the first and the last.
-    """
-    import torch
-
-    keys, (one, other) = torch._C._dispatch_tls_local_include_set(), _watchers()
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return tracing or keys.has(one) or keys.has(other)
-
-
-@cache
-def _watchers() -> tuple[Any, ...]:
-    """The keys of torch.func and of a TorchDispatchMode."""
-    import torch
-
-    return tuple(getattr(torch._C.DispatchKey, name) for name in WATCHERS)
-
-
-def may_read(x: Any) -> bool:
-    """Whether values of x may decide what comes next: no device is waited for, and they are all that is asked for."""
-    kind = kind_of(x)
-    return kind == "numpy" or (kind == "torch" and _views([x], lambda: True, (0, 1, 2)) is not None)
-
-
-def _viewed(f: Body, views: Sequence[Any], options: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """f of NumPy's views, in torch again."""
-    import torch
-
-    with np.errstate(all="ignore"):  # torch does not warn of infinity - infinity
-        result = f(*views, **options)
-    if result is None:
-        return None
-    if type(result) is tuple:
-        return tuple(torch.from_numpy(np.asarray(x)) for x in result)
-    return torch.from_numpy(np.asarray(result))
-
-
-def _views(args: Sequence[Any], rule: Callable[[], bool], ndims: tuple[int, ...]) -> list[Any] | None:
-    """NumPy's views of torch's tensors, None where `rule` says no or anything but values is asked for."""
-    import torch
-
-    if (
-        torch.compiler.is_compiling()
-        or not rule()
-        or is_watched()
-        or (torch.distributed.is_available() and torch.distributed.is_initialized())  # machines may differ
-    ):
-        return None
-    recording = torch.is_grad_enabled()
-    forward_ad: Any = torch.autograd.forward_ad
-    views: list[Any] = []
-    for x in args:
-        if isinstance(x, float):
-            views.append(x)
-        elif (
-            type(x) is not torch.Tensor
-            or not x.is_cpu
-            or x.ndim not in ndims
-            or x.numel() == 0
-            or (recording and x.requires_grad)
-            or forward_ad.unpack_dual(x).tangent is not None
-        ):
-            return None
-        else:
-            try:
-                views.append(x.numpy() if recording else x.detach().numpy())
-            except (RuntimeError, TypeError):  # no storage inside a transformation, sparse, minus the values it holds
-                return None
-    return views
 
 
 def _are_tensors(args: Sequence[Any]) -> bool:

@@ -11,9 +11,9 @@ from functools import reduce
 from operator import matmul
 
 from .._typing import Array, Scalar
-from . import frameworks, single, spectra
+from . import frameworks, in_place, single, spectra
 from .door import NAN, backend_of, namespace_of
-from .home import rank_n_goes_to_blas, routine
+from .home import routine, torch_lacks_it
 from .members import UNCERTAIN, definite_inverse, each_member, kept, per_member, proper_inverse, symmetrised, verified
 
 
@@ -23,13 +23,13 @@ def product(*Ms: Array) -> Array:
     return reduce(matmul, Ms)
 
 
-@routine(single=single.moment, rule=rank_n_goes_to_blas)
+@routine(single=single.moment, rule=torch_lacks_it)
 def moment(x: Array) -> Array:
     """xᵀx / N for x (..., N, n), exactly symmetric."""
     return symmetrised((x.mT @ x) / x.shape[-2])  # BLAS does not promise that xᵀx is symmetric bit for bit
 
 
-@routine(single=single.updated_moment, rule=rank_n_goes_to_blas)
+@routine(single=single.updated_moment, rule=torch_lacks_it)
 def updated_moment(C: Array, x: Array, decay: Scalar) -> Array:
     """decay C + (1 - decay) xᵀx / N for symmetric C, exactly symmetric if C is."""
     return decay * C + (1 - decay) * moment(x)
@@ -46,7 +46,7 @@ def damped(M: Array, shift: Scalar) -> Array:
     return M if isinstance(shift, float) and shift == 0 else shifted(M, shift)
 
 
-@routine(single=single.cholesky, torch=frameworks.cholesky_by_torch)
+@routine(single=single.cholesky, in_place=in_place.cholesky, torch=frameworks.cholesky_by_torch)
 def cholesky(M: Array, shift: Scalar = 0.0) -> Array:
     """Lower triangular L with L Lᵀ = M + shift I, all NaN for a member that is not positive definite.
 
@@ -109,13 +109,18 @@ def inverse_of_factor(L: Array) -> Array:
     return symmetrised(K.mT @ K)
 
 
-@routine(single=single.inverse, torch=frameworks.inverse_by_torch, jax=frameworks.inverse_by_jax)
+@routine(
+    single=single.inverse,
+    in_place=in_place.inverse,
+    torch=frameworks.inverse_by_torch,
+    jax=frameworks.inverse_by_jax,
+)
 def inverse(M: Array, shift: Scalar = 0.0) -> Array:
     """(M + shift I)⁻¹, exactly symmetric."""
     return definite_inverse(damped(M, shift), inverse_of_factor(cholesky(M, shift)))
 
 
-@routine(single=single.solve, torch=frameworks.solve_by_torch)
+@routine(single=single.solve, in_place=in_place.solve, torch=frameworks.solve_by_torch)
 def solve(M: Array, X: Array) -> Array:
     """M⁻¹ X."""
     L = cholesky(M)

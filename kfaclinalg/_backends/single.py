@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from operator import matmul
 from typing import Any
@@ -44,17 +45,31 @@ def cholesky(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
     return np.full_like(M, NAN) if L is None else cleaned(L)
 
 
-def factor(M: Matrix, shift: Matrix | float = 0.0) -> Matrix | None:
+def potrf(X: Matrix) -> tuple[Matrix, int]:
+    """Lower L, with anything above it, in the place of X, which lies in LAPACK's order; 0 if there is one."""
+    L, info = of_dtype(lapack, X, "potrf")(X, lower=1, clean=0, overwrite_a=1)
+    return L, info
+
+
+def potri(L: Matrix) -> Matrix:
+    """(L Lᵀ)⁻¹, exactly symmetric, in the place of L."""
+    if is_intel() or len(L) <= BLOCK:
+        return mirrored(of_dtype(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0])
+    invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
+    return mirrored(of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0])
+
+
+def factor(M: Matrix, shift: Matrix | float = 0.0, potrf: Callable[..., Any] = potrf) -> Matrix | None:
     """Lower L with L Lᵀ = (M + Mᵀ)/2 + shift I, with anything above it; None where there is none."""
-    L, d = _factor(M, shift)
+    L, d = _factor(M, shift, potrf)
     return L if L is not None and (L.diagonal() ** 2 > noise(eps(M), len(M)) * d).all() else None
 
 
-def _factor(M: Matrix, shift: Matrix | float) -> tuple[Matrix | None, Matrix]:
+def _factor(M: Matrix, shift: Matrix | float, potrf: Callable[..., Any]) -> tuple[Matrix | None, Matrix]:
     """L, finite, whose pivots may be noise, and the diagonal of M + shift I."""
     X, d = lower_half(M), M.diagonal() + shift
     X.ravel("K")[:: len(X) + 1] = d  # a view: X is contiguous
-    L, info = of_dtype(lapack, M, "potrf")(X, lower=1, clean=0, overwrite_a=1)
+    L, info = potrf(X)
     return (None if info or not math.isfinite(L.trace()) else L), d
 
 
@@ -68,21 +83,21 @@ def back_substitution(L: Matrix, X: Matrix) -> Matrix:
     return of_dtype(lapack, L, "trtrs")(L, X, lower=True, trans=1)[0]
 
 
-def inverse(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
+def inverse(
+    M: Matrix,
+    shift: Matrix | float = 0.0,
+    potrf: Callable[..., Any] = potrf,
+    potri: Callable[..., Any] = potri,
+) -> Matrix:
     """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric.
 
     (M⁻¹)_jj is the squared length of a column of L⁻¹, at least 1 / L_jj²: what it shows to be definite has its pivots.
     """
-    L, d = _factor(M, shift)
+    L, d = _factor(M, shift, potrf)
     if L is None:
         return np.full_like(M, NAN)
-    if is_intel() or len(L) <= BLOCK:
-        X = of_dtype(lapack, L, "potri")(L, lower=1, overwrite_c=1)[0]
-    else:
-        invert_by_halves(L)  # faster on AMD's processors from the smallest sizes up, slower on Intel's
-        X = of_dtype(lapack, L, "lauum")(L, lower=1, overwrite_c=1)[0]
-    definite = noise(eps(M), len(M)) * (d * X.diagonal()).max() < 1
-    return mirrored(X) if definite else np.full_like(M, NAN)
+    X = potri(L)
+    return X if noise(eps(M), len(M)) * (d * X.diagonal()).max() < 1 else np.full_like(M, NAN)
 
 
 def invert_by_halves(L: Matrix) -> None:
