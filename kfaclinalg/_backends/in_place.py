@@ -1,10 +1,15 @@
-"""Single matrices of torch's CPU that stay in torch, by its own LAPACK in place: its results in new memory cost a third
-more and, where the rows are a power of two long, twice as much. What fails is NaN."""
+"""Single matrices of torch's CPU that stay in torch, by its own LAPACK in place: results in new memory cost up to twice
+as much. What fails is NaN."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import single
 from .triangles import Matrix, nan
+
+CROWDED = 512  # columns a multiple of that long lie in few lines of a cache, and drive each other out
+SPARE = 8
 
 
 def cholesky(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
@@ -14,8 +19,17 @@ def cholesky(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
 
 
 def inverse(M: Matrix, shift: Matrix | float = 0.0) -> Matrix:
-    """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric."""
-    return single.inverse(M, shift, potrf, potri)
+    """((M + Mᵀ)/2 + shift I)⁻¹, exactly symmetric.
+
+    That of diag(M, M_11, M_11, ...) where the columns of M would be crowded, as definite as M: a third faster.
+    """
+    n = len(M)
+    if n % CROWDED:
+        return single.inverse(M, shift, potrf, potri)
+    wider = np.zeros((n + SPARE, n + SPARE), dtype=M.dtype)
+    wider[:n, :n] = M
+    np.fill_diagonal(wider[n:, n:], M[0, 0])
+    return single.inverse(wider, shift, potrf, potri)[:n, :n].copy()
 
 
 def solve(M: Matrix, X: Matrix) -> Matrix:
