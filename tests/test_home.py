@@ -322,6 +322,14 @@ def test_what_asks_for_more_than_values_is_left_to_torch(name, watch, taken):
     assert taken
 
 
+@calls
+def test_several_processes_stay_in_torch(name, taken, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    args = arguments(TORCH)
+    assert_close(TORCH, name, args, CALLS[name](*args))
+    assert {f.__module__ for f in taken} <= {in_place.__name__}
+
+
 def test_a_constant_gradient_is_taken_under_no_grad(taken):
     A = arguments(TORCH)[0].requires_grad_()
     with torch.no_grad():
@@ -428,6 +436,18 @@ def test_a_cholesky_factor_is_zero_above_the_diagonal(b, native, n, taken, machi
     L = spd.cholesky(arguments(b, n, 4)[0])
     assert len(taken) == 1
     assert torch.equal(L, L.tril())
+
+
+@both_ways
+@pytest.mark.parametrize("n", [81, 512])
+def test_a_shift_below_zero_is_added_to_all_rows(native, n, taken, machine):
+    machine(native=native)
+    M, shift = 5 * torch.eye(n), torch.tensor(-3.0)
+    torch.testing.assert_close(routines.inverse(M, shift), torch.eye(n) / 2)
+    torch.testing.assert_close(routines.cholesky(M, shift), 2**0.5 * torch.eye(n))
+    for f in (routines.inverse, routines.cholesky):
+        assert torch.isnan(f(M, 2 * shift)).all()
+    assert len(taken) == 4
 
 
 @both_ways
