@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ._blocks import Like, Mask, Rows, outline, second_moment
 
@@ -65,3 +67,19 @@ class Embedding(Rows):
         if self.padding is not None:
             counts[:, self.padding] = 0
         return counts
+
+
+class Unpadded(TorchFunctionMode):
+    """Within it the padding of an embedding is constant in forward mode as well, in which torch lets it move."""
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = f(*args, **(kwargs or {}))
+        if f is not functional.embedding:
+            return found
+        x, padding = _words_of(*args, **(kwargs or {}))
+        return found if padding is None else torch.where((x == padding)[..., None], found.detach(), found)
+
+
+def _words_of(input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **others: Any) -> Any:
+    """The words and which of them is padding, by whatever way they came."""
+    return input, padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + len(weight)

@@ -12,6 +12,7 @@ from torch.func import functional_call, vjp
 
 from ._attention import differentiable
 from ._batch import Batch, check_again, check_loader
+from ._embedding import Unpadded
 from ._estimators import slope_of_loss
 from ._likelihoods import Likelihood, masked
 from ._masks import check_count, mask_of
@@ -125,6 +126,7 @@ class FisherOperator:
                 masks.append(mask_of(passes.mask, args, kwargs))
                 return functional_call(passes.model, values, args, kwargs)
 
-            return tensor_of(passes.outputs, piece.call(call))  # type: ignore[arg-type]
+            with Unpadded():
+                return tensor_of(passes.outputs, piece.call(call))  # type: ignore[arg-type]
 
         return f, masks

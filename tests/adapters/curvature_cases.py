@@ -61,6 +61,20 @@ class Attending(nn.Module):
         return self.last(self.attention(h, h, h)[0].sum(1))
 
 
+class Tied(nn.Module):
+    """An embedding that is the last layer too, and a normalisation and a linear layer that are used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.norm = nn.Embedding(K, 5, padding_idx=1), nn.Linear(5, 5), nn.LayerNorm(5)
+        self.last = nn.Linear(5, K)
+        self.last.weight = self.embed.weight
+
+    def forward(self, x):
+        h = self.norm(torch.tanh(self.mix(self.embed(x))))
+        return self.last(self.norm(torch.tanh(self.mix(h)).sum(1)))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, K))
 
@@ -71,6 +85,7 @@ MODELS = {
     "words": (Words, lambda: torch.randint(7, (N, 3))),
     "placed": (Placed, lambda: torch.randint(7, (N, 3))),
     "attending": (Attending, lambda: torch.randint(7, (N, 3))),
+    "tied": (Tied, lambda: torch.randint(K, (N, 3))),
 }
 
 
