@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from operator import add
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
 
-from ._batch import check_again, check_loader, is_pair
+from ._batch import Batch, check_again, check_loader, is_pair
 from ._blocks import Block
 from ._curvature import Curvature
+from ._example_squares import shows_gradients, squares_of_examples
 from ._layer import Layer
 from ._likelihoods import Likelihood
 from ._links import chained, cross_sums, means
@@ -23,7 +24,6 @@ from ._masks import check_count
 from ._parallel import tell_gone
 from ._passes import Data, Passes
 from ._spectra import spectra_of
-from ._squares import squared_gradients
 from ._statistics import Statistic
 from ._team import Team, group_of
 from ._use import Use
@@ -138,25 +138,32 @@ def _statistics(passes: Passes, apart: set[Block]) -> list[Statistic]:
 
 
 def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) -> tuple[KroneckerEigen, ...]:
-    """The eigenvalues of each layer that shows its examples become the mean squares along its eigenvectors."""
-    dense = {layer: F for layer, F in zip(passes.layers, spectra, strict=True) if layer.dense is not None}
-    sums = {layer: F.eigenvalues.new_zeros(F.eigenvalues.shape) for layer, F in dense.items()}  # type: ignore[attr-defined]
-    counts = dict.fromkeys(dense, 0)
+    """The eigenvalues of each layer that says the gradients of its examples become their mean squares."""
+    bases = {layer: F for layer, F in zip(passes.layers, spectra, strict=True) if shows_gradients(layer)}
+    sums = {layer: torch.zeros_like(F.eigenvalues) for layer, F in bases.items()}  # type: ignore[arg-type]
+    counts = dict.fromkeys(bases, 0)
     with passes.team.agreed("the eigenvalues"):
         for piece in passes.pieces(loader):
-            for part, blocks in passes.parts(piece, [layer.blocks[0] for layer in dense]):
-                seen = [layer for layer in dense if layer.blocks[0] in blocks]
-                kept = _kept(passes, seen)
+            for part, layers in _parts(passes, piece, bases):
+                kept = _kept(passes, layers)
                 passes.take(kept, part)
-                for layer in seen:
+                for layer in layers:
                     counts[layer] += passes.capture.now.counted
-                    squares = squared_gradients(kept, layer.dense, dense[layer].Q_A, dense[layer].Q_B)  # type: ignore[arg-type]
+                    squares = squares_of_examples(kept, layer, bases[layer])
                     if squares is not None:
                         sums[layer] += squares.to(sums[layer].device)
     summed, N = passes.team.sums(list(sums.values()), list(counts.values()), "the eigenvalues")
     means = {layer: S / n for layer, S, n in zip(sums, summed, N, strict=True)}
     pairs = zip(passes.layers, spectra, strict=True)
     return tuple(KroneckerEigen(F.Q_A, F.Q_B, means[layer]) if layer in means else F for layer, F in pairs)
+
+
+def _parts(passes: Passes, piece: Batch, layers: Iterable[Layer]) -> Iterator[tuple[Batch, list[Layer]]]:
+    """As `Passes.parts`, of layers: where one of the tied blocks is apart all are."""
+    apart = passes.apart(piece)
+    at = {next((block for block in layer.blocks if block in apart), layer.blocks[0]): layer for layer in layers}
+    for part, blocks in passes.parts(piece, at):
+        yield part, [at[block] for block in blocks]
 
 
 def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
@@ -176,7 +183,7 @@ def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
 
 
 def _kept(passes: Passes, layers: Iterable[Layer]) -> Statistic:
-    return _Kept([layer.blocks[0] for layer in layers], passes.trained.sharing, passes.dtype, True)
+    return _Kept([block for layer in layers for block in layer.blocks], passes.trained.sharing, passes.dtype, True)
 
 
 def _none(layer: Layer, dtype: torch.dtype) -> LayerFactors:

@@ -44,7 +44,7 @@ def squared_gradients(statistic: Statistic, block: Dense, Q_A: Any, Q_G: Any) ->
     The gradients of examples with one position each are never formed: of g aᵀ it is (Q_Gᵀ g)² ((Q_Aᵀ a)²)ᵀ.
     """
     total: Any = None
-    for draws in _by_pass(statistic):
+    for draws in by_pass(statistic):
         turned = Turned(block, Q_A)
         alone: Any = None  # Σ of the squares of g over the draws, of examples with one position each
         for pairs in draws:
@@ -89,7 +89,7 @@ def projected(x: Tensor, Q: Any) -> Tensor:
     return x @ Q if Q.ndim == 2 else x.movedim(2, 0) @ Q[:, None]
 
 
-def _by_pass(statistic: Statistic) -> Iterable[list[Any]]:
+def by_pass(statistic: Statistic) -> Iterable[list[Any]]:
     """What each pass showed, by the draws of its targets."""
     passes: dict[int, list[Any]] = {}
     for (number, _), pairs in statistic.uses.items():

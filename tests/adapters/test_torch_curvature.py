@@ -40,20 +40,32 @@ def test_one_example_of_one_layer_is_its_exact_fisher():
     close(curvature.operator.to_dense(), torch.kron(torch.outer(a, a), torch.diag(p) - torch.outer(p, p)))
 
 
-@pytest.mark.parametrize("name", ["mlp", "attending"])
+@every_model
 def test_the_eigenvalues_of_ekfac_are_the_diagonal_of_the_exact_fisher_in_its_basis(name):
+    """Of every kind of layer: tied weights, embeddings and what is used twice as well."""
     case = Case(name)
     curvature = case.fit(size=7, structure="eigen")
-    assert not curvature.fallback
     F, start = case.fisher(curvature), 0
     for block in curvature.eigen:
-        m, n = block.shape
-        part = F[start : start + m * n, start : start + m * n]
-        start += m * n
-        if isinstance(block.Q_A, Diagonal):  # an embedding, whose examples are not seen one at a time
-            continue
-        K_ = torch.kron(block.Q_A.contiguous(), block.Q_B.contiguous())
-        close(block.eigenvalues.mT.flatten(), torch.diagonal(K_.mT @ part @ K_))
+        Q_A, Q_B = (Q.to_dense() if isinstance(Q, Diagonal) else Q for Q in (block.Q_A, block.Q_B))
+        members, expected = block.eigenvalues.reshape(-1, *block.shape), []
+        for i, eigenvalues in enumerate(members):
+            part = slice(start, start := start + eigenvalues.numel())
+            A, B = (Q if Q.ndim == 2 else Q[i] for Q in (Q_A, Q_B))
+            Q = torch.kron(A.contiguous(), B.contiguous())
+            expected.append(torch.diagonal(Q.mT @ F[part, part] @ Q))
+        close(members.mT.flatten(), torch.cat(expected))
+
+
+def test_of_reduced_weight_sharing_the_eigenvalues_are_those_of_reduced_gradients():
+    """Of an embedding (Σ g) āᵀ, ā being how often each word is in an example, over its positions."""
+    case = Case("words")
+    F = case.fit(size=7, structure="eigen", estimator="empirical", weight_sharing="reduce").eigen[0]
+    h = case.model.embed(case.x).detach().requires_grad_()
+    outputs = case.model.last(torch.tanh(case.model.mix(h)).sum(1))
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, case.y, reduction="sum"), h)
+    a = nn.functional.one_hot(case.x, 7).double().mean(1)
+    close(F.eigenvalues, (g.sum(1) @ F.Q_B).square().mT @ a.square() / N)
 
 
 def test_the_layers_in_a_recurrence_are_seen():
