@@ -152,12 +152,15 @@ class BlockTridiagonalInverse(Value):
 
         The flops of `apply` for the q on the right, and Σ 2 p q m n.
         """
-        b = _backends.resolve(Lambda=next(leaves(self.Lambda)))
+        b, chain = _backends.resolve(Lambda=next(leaves(self.Lambda))), len(self.Psi_A) + 1
         held = list(zip(_checks.items("Us", Us, len(self.Lambda)), _blocks.matched(self.Lambda, Vs), strict=True))
-        pairs = [_checks.named(at, _gram.operands, block, b, U, V, {at: ()}) for U, (at, block, V) in held]
-        applied = self.apply([V.to_dense() if isinstance(V, OuterProduct) else V for _, V in pairs])
-        found = (_gram.inner(U, W) for (U, _), W in zip(pairs, applied, strict=True))
-        return _gram.summed({at: _gram.narrowed(x, V) for x, (_, (at, _, V)) in zip(found, held, strict=True)})
+        pairs = [_checks.named(at, _gram.operands, block, b, U, V, {at: ()}) for U, (at, block, V) in held[:chain]]
+        linked = BlockTridiagonalInverse(self.Psi_A, self.Psi_G, self.Lambda[:chain])
+        applied = linked.apply([V.to_dense() if isinstance(V, OuterProduct) else V for _, V in pairs])
+        found = [_gram.inner(U, W) for (U, _), W in zip(pairs, applied, strict=True)]
+        grams = {at: _gram.narrowed(x, V) for x, (_, (at, _, V)) in zip(found, held, strict=False)}
+        alone = {at: _checks.named(at, block.gram, U, V) for U, (at, block, V) in held[chain:]}
+        return _gram.summed(grams | alone)
 
     def as_scipy(self) -> LinearOperator:
         """A scipy.sparse.linalg.LinearOperator on the stacked vec(V_i)."""

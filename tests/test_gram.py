@@ -8,6 +8,7 @@ from matrices import Sample, judge
 
 from kfaclinalg import (
     BlockDiagonal,
+    BlockTridiagonalInverse,
     CholeskyInverse,
     Dense,
     Diagonal,
@@ -124,6 +125,15 @@ def test_the_block_tridiagonal_inverse(b):
     gram = inverse.gram((U, b.array(x)), (b.array(v), b.array(y)))
     left, right = (np.concatenate([rows(w), rows(z)], axis=1) for w, z in ((u, x), (v, y)))
     check(b, "BlockTridiagonalInverse", gram, b.numpy(inverse.to_dense()), left, right)
+    A, B = Sample(N, (2,), decades=0.1).spd(b), Sample(M, (2,), decades=0.1, seed=1).spd(b)
+    beside = DirectSum(Kronecker(b.array(A), b.array(B)))  # what has no neighbours
+    inverse = BlockTridiagonalInverse(inverse.Psi_A, inverse.Psi_G, (*inverse.Lambda, beside))
+    L, R, w = drawn(b, P, 2, M, 1, seed=7), drawn(b, P, 2, N, 1, seed=8), drawn(b, Q, 2, M, N, seed=9)
+    third = OuterProduct(b.array(L), b.array(R))
+    gram = inverse.gram((U, b.array(x), third), (b.array(v), b.array(y), b.array(w)))
+    left = np.concatenate([left, rows((L @ R.mT).reshape(2 * P, M, N)).reshape(P, -1)], axis=1)
+    right = np.concatenate([right, rows(w.reshape(2 * Q, M, N)).reshape(Q, -1)], axis=1)
+    check(b, "BlockTridiagonalInverse and others", gram, b.numpy(inverse.to_dense()), left, right)
 
 
 def test_gradients_of_examples_are_never_formed():
