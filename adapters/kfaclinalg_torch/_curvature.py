@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import BlockDiagonal, Factors, Kronecker, KroneckerEigen, LayerFactors
+from kfaclinalg import BlockDiagonal, BlockTridiagonalInverse, Factors, Kronecker, KroneckerEigen, LayerFactors
 
 from ._checkpoint import made, packed
 from ._determinant import Determinant
@@ -84,7 +84,10 @@ class Curvature:
     def inverse(self, gamma: float) -> Any:
         """The inverse of F as the structure has it, damped by γ: F̆⁻¹, F̂⁻¹ or, exactly damped by γ², EKFAC's."""
         structure, fitted = self._passes.structure, self._corrected
-        return structure.inverse(structure.fitted(self.factors, None) if fitted is None else fitted, gamma)
+        inverse = structure.inverse(structure.fitted(self.factors, None) if fitted is None else fitted, gamma)
+        if isinstance(inverse, BlockTridiagonalInverse):
+            return BlockTridiagonalInverse(inverse.Psi_A, inverse.Psi_G, network_of(inverse.Lambda).blocks)
+        return network_of(inverse.blocks)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Vs of tensors by the names of the parameters, as `named_parameters()` or gradients give them.

@@ -142,6 +142,23 @@ def test_what_is_asked_of_the_shifted_operator(name, structure):
 
 
 @every_model
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal", "eigen"])
+def test_the_inverse_is_one_operator(name, structure):
+    """Where a layer has several, the groups of a convolution or the channels of a normalisation, as well."""
+    case = Case(name)
+    curvature = case.fit(structure=structure)
+    inverse, v = curvature.inverse(0.3), flat(curvature, case.parameters)
+    Vs, dense = curvature.pack(case.parameters), inverse.to_dense()
+    if structure == "eigen":
+        F = curvature.operator.to_dense()
+        close(dense, torch.linalg.inv(F + 0.09 * eye(len(F))))
+    close(torch.cat([V.mT.flatten() for V in inverse @ Vs]), dense @ v)
+    close(inverse.logdet(), torch.logdet(dense))
+    close(inverse.gram([V[None] for V in Vs], [V[None] for V in Vs]), (v @ dense @ v)[None, None])
+    np.testing.assert_allclose(inverse.to_namespace(np).as_scipy() @ v.numpy(), dense @ v, rtol=1e-12, atol=1e-12)
+
+
+@every_model
 @both
 def test_scores_are_those_of_dense_gradients(name, structure):
     case = Case(name)
