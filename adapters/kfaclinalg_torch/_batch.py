@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,18 @@ class Batch:
                 tree_map(lambda x, at=examples: x[at], self.inputs), self.targets[examples], mask, place=place
             )
             yield piece.counted / max(whole, 1), piece
+
+
+@contextmanager
+def taking(inputs: Any) -> Iterator[None]:
+    """A ValueError names the shapes of what a model fails on."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError) or "memory" in str(error):
+            raise
+        shapes = [tuple(x.shape) for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        raise ValueError(f"the model does not take inputs of shapes {shapes}: {error}") from error
 
 
 def _tensors(name: str, found: list[Any]) -> list[Tensor]:

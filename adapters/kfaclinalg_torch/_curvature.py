@@ -124,6 +124,7 @@ class Curvature:
     ) -> dict[str, Tensor]:
         """Parameters drawn from N(θ, P⁻¹) with P = scale F + delta I, by name, for `torch.func.functional_call`."""
         check_generator(generator)
+        self._passes.trained.check_held("curvature")
         drawn: list[Any] = []
         for W, P in zip(self._passes.trained.network.weights(), self._shifted(delta, scale), strict=True):
             z = torch.randn(W.shape, generator=generator, dtype=self._passes.dtype, device=W.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from ._attention import differentiable
-from ._batch import Batch, check_again, check_loader
+from ._batch import Batch, check_again, check_loader, taking
 from ._embedding import Unpadded
 from ._estimators import slope_of_loss
 from ._likelihoods import Likelihood, masked
@@ -126,7 +126,7 @@ class FisherOperator:
                 masks.append(mask_of(passes.mask, args, kwargs))
                 return functional_call(passes.model, values, args, kwargs)
 
-            with Unpadded():
+            with Unpadded(), taking(piece.inputs):
                 return tensor_of(passes.outputs, piece.call(call))  # type: ignore[arg-type]
 
         return f, masks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._attention import differentiable
-from ._batch import Batch, check_loader, is_pair
+from ._batch import Batch, check_loader, is_pair, taking
 from ._blocks import Block
 from ._capture import Capture
 from ._discovery import FALLBACKS, check_whole, found, unwrapped
@@ -94,10 +94,12 @@ class Passes:
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """The model in evaluation, in full precision and seen by nobody else, and as it was afterwards."""
+        self.trained.check_held("curvature")
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with silenced(self.model), torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            full = torch.autocast(self.device.type, enabled=False)
+            with self.trained.thawed(), silenced(self.model), torch.inference_mode(False), full:
                 yield
         finally:
             for module in training:
@@ -121,13 +123,8 @@ class Passes:
         """The outputs, what the pass has shown, and the likelihood of the positions that count."""
         self.capture.uses, self.capture.paused = [], False
         try:
-            with torch.enable_grad(), differentiable():
+            with torch.enable_grad(), differentiable(), taking(piece.inputs):
                 outputs = tensor_of(self.outputs, piece.call(self.model))
-        except (RuntimeError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
-                raise
-            shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(piece.inputs) if isinstance(x, Tensor)]
-            raise ValueError(f"the model does not take inputs of shapes {shapes}: {error}") from error
         finally:
             self.capture.paused = True
         likelihood = masked(self.likelihood, self.capture.now.mask, outputs)
@@ -135,7 +132,7 @@ class Passes:
 
     def settle(self, piece: Batch) -> None:
         """See in a first pass which layers are none."""
-        with torch.enable_grad():
+        with torch.enable_grad(), taking(piece.inputs):
             self.trained.probe(piece, lambda returned: tensor_of(self.outputs, returned))
 
     def apart(self, piece: Batch) -> set[Block]:

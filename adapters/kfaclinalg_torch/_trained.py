@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,11 +52,27 @@ class Trained:
 
     def check(self) -> None:
         """A ValueError names what was replaced, moved or frozen since."""
-        for owner in self.owners:
-            owner.check("optimizer")
+        self.check_held("optimizer")
         for layer in self.layers:
             if not all(p.requires_grad for p in layer.parameters):
                 raise ValueError(f"{layer.name!r} was frozen since the optimizer was made: make a new one")
+
+    def check_held(self, who: str) -> None:
+        """A ValueError names what was replaced or moved since."""
+        for owner in self.owners:
+            owner.check(who)
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """The parameters of the layers are trained within, where they were frozen since."""
+        frozen = [p for layer in self.layers for p in layer.parameters if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_()
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
 
     def capture(self) -> Capture:
         """Hooks that show nothing yet."""

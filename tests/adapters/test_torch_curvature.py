@@ -396,6 +396,38 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_model_that_has_changed_is_refused():
+    """Its new layer would be seen by nobody, and add nothing to the scores."""
+    case = Case("mlp")
+    curvature, F = case.fit(), FisherOperator(case.model, "categorical", case.loader())
+    uses = (
+        lambda: curvature.self_scores(case.loader()),
+        lambda: curvature.variances(case.x),
+        curvature.sample,
+        F.gradient,
+        lambda: F @ curvature.pack(case.parameters),
+    )
+    old, case.model[2] = case.model[2], nn.Linear(6, K).double()
+    for of in uses:
+        with pytest.raises(ValueError, match="'2' was replaced since the curvature was made"):
+            of()
+    case.model[2] = old
+    case.model.float()
+    for of in uses:
+        with pytest.raises(ValueError, match=r"'0\.weight' was \(torch\.float64, 'cpu'\) when the curvature was made"):
+            of()
+
+
+def test_a_model_may_be_frozen_after_the_fit():
+    case = Case("tied")
+    curvature = case.fit()
+    scores, variances = curvature.self_scores(case.loader()), curvature.variances(case.x)
+    case.model.requires_grad_(False)
+    assert torch.equal(curvature.self_scores(case.loader()), scores)
+    assert torch.equal(curvature.variances(case.x), variances)
+    assert not any(p.requires_grad for p in case.model.parameters())
+
+
 class Failing(nn.Module):
     """Takes a batch of N, and of it no smaller one."""
 
@@ -613,6 +645,9 @@ def test_mistakes_are_refused():
         curvature.variances([])
     narrow = (case.x[:, :3], case.y)
     for of in (
+        lambda: fit_curvature(case.model, "categorical", narrow, progress=False),
+        lambda: FisherOperator(case.model, "categorical", narrow),
+        FisherOperator(case.model, "categorical", [*case.loader(), narrow]).gradient,
         lambda: curvature.scores(narrow, case.loader()),
         lambda: curvature.scores(case.loader(), narrow),
         lambda: curvature.self_scores(narrow),
