@@ -102,6 +102,8 @@ class Curvature:
             raise ValueError(f"tensors lack {', '.join(missing)}, got {', '.join(tensors) or 'none'}")
         for name, x in tensors.items():
             expected = tuple(known[name].shape) if name in known else None
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name!r} is a {type(x).__name__}, expected a tensor")
             if tuple(x.shape) != expected:
                 raise ValueError(f"{name!r} has shape {tuple(x.shape)}, expected {expected or 'a name of the model'}")
         return tuple(
@@ -165,9 +167,10 @@ class Curvature:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it but the model, in tensors, numbers, lists and dictionaries."""
-        passes, state = self._passes, {"factors": self.factors, "corrected": self._corrected}
-        about = made(passes.structure, passes.estimator, passes.layers)
-        return packed(state) | {"made": about, "examples": self.examples, "gone": dict(passes.trained.gone)}
+        passes, state = self._passes, packed({"factors": self.factors, "corrected": self._corrected})
+        state |= {"examples": self.examples, "likelihood": type(passes.likelihood).__name__}
+        state |= {"made": made(passes.structure, passes.estimator, passes.layers)}
+        return state | {"gone": dict(passes.trained.gone)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the `state_dict`, for `load_curvature`."""

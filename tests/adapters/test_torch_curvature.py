@@ -291,6 +291,8 @@ def test_it_is_saved_and_loaded(name, structure, tmp_path):
     other = "eigen" if structure == "block-diagonal" else "block-diagonal"
     with pytest.raises(ValueError, match="the state was made with structure"):
         load_curvature(tmp_path / "curvature.pt", case.model, "categorical", structure=other)
+    with pytest.raises(ValueError, match="the state was made with likelihood Categorical, expected Gaussian"):
+        load_curvature(tmp_path / "curvature.pt", case.model, "gaussian", structure=structure)
 
 
 def test_the_gradient_of_the_evidence_in_delta_passes_through():
@@ -715,6 +717,7 @@ def test_what_is_of_another_kind_is_refused_by_name(tmp_path):
         "queries": lambda: curvature.scores(None, case.loader()),
         "inputs": lambda: curvature.variances(3),
         "tensors": lambda: curvature.pack([case.x]),
+        r"'0\.bias'": lambda: curvature.pack({k: p.numpy() if p.ndim == 1 else p for k, p in case.parameters.items()}),
         "Vs": lambda: F @ 3,
         "generator": lambda: curvature.sample(3),
     }.items():
