@@ -18,7 +18,7 @@ from ._network import check_shapes
 from ._passes import Passes
 from ._scores import pairwise_scores, self_scores, variances
 from ._settings import check_choice, check_generator
-from ._spectra import indicator, network_of, one_a_layer, spectra_of, strength
+from ._spectra import at_device, indicator, network_of, one_a_layer, spectra_of, strength
 
 PARTS = ("top", "low")
 
@@ -130,7 +130,7 @@ class Curvature:
         drawn: list[Any] = []
         for W, P in zip(self._passes.trained.network.weights(), self._shifted(delta, scale), strict=True):
             z = torch.randn(W.shape, generator=generator, dtype=self._passes.dtype, device=W.device)
-            drawn.append(W + P.power(-0.5) @ z)
+            drawn.append(W + at_device(P.power(-0.5), W.device) @ z)
         return self.unpack(drawn)
 
     def variances(self, inputs: Any, *, delta: Any = 1.0, scale: Any = 1.0) -> Tensor:

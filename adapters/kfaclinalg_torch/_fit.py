@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfaclinalg import Diagonal, Factors, KroneckerEigen, LayerFactors, Link
+from kfaclinalg import Factors, KroneckerEigen, Link
 
 from ._batch import Batch, check_again, check_loader, is_pair
 from ._blocks import Block
@@ -23,7 +23,7 @@ from ._links import chained, cross_sums, means
 from ._masks import check_count
 from ._parallel import tell_gone
 from ._passes import Data, Passes
-from ._spectra import spectra_of
+from ._spectra import at_device, spectra_of
 from ._statistics import Statistic
 from ._team import Team, group_of
 from ._use import Use
@@ -55,7 +55,7 @@ def fit_curvature(
             the loader and the likelihood's loss.
         loader: gives pairs (inputs, targets), the batch first; "eigen" goes through it twice. A single pair is one
             batch.
-        offload: where the sums are kept, "cpu" for example; None: on the device of the model.
+        offload: where the sums, and then A and G, are kept, "cpu" for example; None: on the device of the model.
         progress: whether to show a progress bar, where tqdm is installed.
         group: the processes that share the data; None: those of DistributedDataParallel, or all.
         options: `layers`, `fallback`, `weight_sharing`, `outputs`, `skip`, `generator`, `factor_dtype` as of
@@ -83,7 +83,7 @@ def fit_curvature(
         passes.generator.set_state(state)  # the same targets again
         eigen = None
         if passes.structure.linked:
-            factors = factors._replace(links=_links(passes, watched(loader, progress, "links")))
+            factors = factors._replace(links=_links(passes, watched(loader, progress, "links"), device))
         if passes.structure.observes:
             eigen = _corrected(passes, watched(loader, progress, "eigenvalues"), spectra_of(factors))
     return Curvature(passes, factors, examples, eigen)
@@ -125,7 +125,7 @@ def _moments(passes: Passes, loader: Data, device: torch.device | None) -> tuple
     found: dict[str, Any] = {}
     for statistic in statistics:
         found |= statistic.moments(1.0) if statistic.all else {}
-    layers = tuple(layer.factors(found) or _none(layer, passes.dtype) for layer in passes.layers)
+    layers = tuple(layer.factors(found) or layer.no_factors(passes.dtype, device) for layer in passes.layers)
     _, (N,) = passes.team.sums([], [max((one.examples for one in statistics), default=0)], "A and G")
     check_count(N)
     return Factors(layers), N
@@ -149,7 +149,7 @@ def _corrected(passes: Passes, loader: Data, spectra: Sequence[KroneckerEigen]) 
                 passes.take(kept, part)
                 for layer in layers:
                     counts[layer] += passes.capture.now.counted
-                    squares = squares_of_examples(kept, layer, bases[layer])
+                    squares = squares_of_examples(kept, layer, at_device(bases[layer], passes.device))
                     if squares is not None:
                         sums[layer] += squares.to(sums[layer].device)
     summed, N = passes.team.sums(list(sums.values()), list(counts.values()), "the eigenvalues")
@@ -166,7 +166,7 @@ def _parts(passes: Passes, piece: Batch, layers: Iterable[Layer]) -> Iterator[tu
         yield part, [at[block] for block in blocks]
 
 
-def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
+def _links(passes: Passes, loader: Data, device: torch.device | None) -> tuple[Link, ...]:
     """E[a_i a_{i+1}ᵀ] and E[g_i g_{i+1}ᵀ] of neighbouring layers."""
     chain = chained(passes.layers)
     total: list[Tensor] = []
@@ -179,16 +179,11 @@ def _links(passes: Passes, loader: Data) -> tuple[Link, ...]:
             tensors, counts = cross_sums(kept, chain, 1.0)
             total = list(map(add, total, tensors)) if totals else tensors
             totals = list(map(add, totals, counts)) if totals else counts
-    return means(total, totals)
+    return means([x.to(device or x.device) for x in total], totals)
 
 
 def _kept(passes: Passes, layers: Iterable[Layer]) -> Statistic:
     return _Kept([block for layer in layers for block in layer.blocks], passes.trained.sharing, passes.dtype, True)
-
-
-def _none(layer: Layer, dtype: torch.dtype) -> LayerFactors:
-    """Those of a layer that no example has reached."""
-    return LayerFactors(*(Diagonal(M.to(dtype)) if M.ndim == 1 else M.to(dtype) for M in layer.empty_moments()))
 
 
 def watched(loader: Any, progress: bool, what: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kfaclinalg import Diagonal, LayerFactors
@@ -39,9 +40,10 @@ class Layer:
             A, G = (min(x, y, key=lambda M: M.ndim) for x, y in ((A, B), (G, H)))
         return A, G
 
-    def no_factors(self) -> LayerFactors:
+    def no_factors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerFactors:
         """Those of a layer that nothing has shown: an expert that no row was given to."""
-        return LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in self.empty_moments()))
+        A, G = (M.to(device or M.device, dtype or M.dtype) for M in self.empty_moments())
+        return LayerFactors(*(Diagonal(M) if M.ndim == 1 else M for M in (A, G)))
 
     def matrix(self, like: Like) -> Tensor:
         return self.blocks[0].matrix(like)

@@ -15,6 +15,7 @@ from ._estimators import slope_of_loss
 from ._forms import by_layer, example_forms, in_basis, inner, turned_back, turning_pays, weighted
 from ._likelihoods import Likelihood
 from ._passes import Passes
+from ._spectra import at_device
 
 
 def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries: Any, examples: Any) -> Tensor:
@@ -22,6 +23,7 @@ def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries:
 
     Either both stay in the eigenbasis, or the queries are turned back once, where the examples are too dear to turn.
     """
+    inverses = [at_device(P, passes.device) for P in inverses]
     with passes.open(), torch.no_grad():
         rows: list[list[Tensor]] = [
             [weighted(P, V) for P, V in zip(inverses, gradients, strict=True)]
@@ -42,6 +44,7 @@ def pairwise_scores(passes: Passes, inverses: Sequence[KroneckerEigen], queries:
 
 def self_scores(passes: Passes, inverses: Sequence[KroneckerEigen], examples: Any) -> Tensor:
     """(N,)."""
+    inverses = [at_device(P, passes.device) for P in inverses]
     found: list[Any] = []
     with passes.open(), torch.no_grad():
         for piece in passes.pieces(examples, "examples"):
@@ -53,6 +56,7 @@ def self_scores(passes: Passes, inverses: Sequence[KroneckerEigen], examples: An
 def variances(passes: Passes, inverses: Sequence[KroneckerEigen], inputs: Any) -> Tensor:
     """(N, K, K), from one backward pass for each of the K outputs of an example."""
     loader = inputs if not isinstance(inputs, Tensor | tuple | dict) else [inputs]
+    inverses = [at_device(P, passes.device) for P in inverses]
     found: list[Any] = []
     check_loader("inputs", loader)
     with passes.open(), torch.no_grad():

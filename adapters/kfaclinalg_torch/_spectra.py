@@ -18,6 +18,11 @@ def spectra_of(factors: Factors) -> tuple[KroneckerEigen, ...]:
     return tuple(Kronecker(A, G).eigh().map(lambda s: s.clamp(min=0.0)) for A, G in factors.layers)  # type: ignore[attr-defined]
 
 
+def at_device(F: KroneckerEigen, device: torch.device) -> KroneckerEigen:
+    """The same, on this device."""
+    return F if F.eigenvalues.device == device else F.to_device(device)  # type: ignore[attr-defined]
+
+
 def network_of(blocks: Sequence[Any]) -> BlockDiagonal:
     """One operator a layer; the groups of a convolution or the channels of a normalisation are one together."""
     found: list[Any] = [P if P.trace().ndim == 0 else DirectSum(P) for P in blocks]

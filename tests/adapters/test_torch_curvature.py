@@ -9,6 +9,7 @@ import torch
 from curvature_cases import EPS, MODELS, Case, K, N, Words, close, eye, flat, mlp
 from torch import nn
 from torch.utils.data import DataLoader
+from two_devices import THERE, TwoDevices
 
 from kfaclinalg import Diagonal, KroneckerEigen, Tridiagonal, testing
 from kfaclinalg_torch import (
@@ -106,6 +107,25 @@ def test_batches_of_any_size_and_chunks_give_the_same(name, estimator):
             error = torch.linalg.vector_norm(P.to_dense() - Q.to_dense())
             bound = testing.C * max(P.shape) * EPS * turning(P, layer)
             assert float(error.max()) <= max(bound, 1e-14) * float(torch.linalg.vector_norm(P.eigenvalues))
+
+
+@every_model
+@pytest.mark.parametrize("structure", ["block-diagonal", "block-tridiagonal", "eigen"])
+def test_what_is_kept_on_another_device_gives_the_same(name, structure):
+    case = Case(name)
+    data, one = case.loader(7), case.fit(size=7, structure=structure)
+    expected = one.scores(data, data), one.self_scores(data), one.variances(case.x), one.logdet(0.5)
+    sample = one.sample(torch.Generator().manual_seed(0))
+    with TwoDevices():
+        other = case.fit(size=7, structure=structure, offload="meta")
+        found = other.scores(data, data), other.self_scores(data), other.variances(case.x), other.logdet(0.5).to("cpu")
+        drawn = other.sample(torch.Generator().manual_seed(0))
+        assert all(P.diagonal().device == THERE for P in other.operator.blocks)
+        logdet = other.inverse(0.5).logdet().to("cpu")
+        for x, y in zip((*found, logdet), (*expected, one.inverse(0.5).logdet()), strict=True):
+            assert type(x) is torch.Tensor
+            close(x, y, 1e3)
+        assert all(torch.allclose(x, sample[k]) for k, x in drawn.items())
 
 
 def turning(P, factors):
