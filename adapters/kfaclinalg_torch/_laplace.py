@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._blocks import Block, Dense
 from ._curvature import Curvature
 from ._embedding import Embedding
+from ._entries import Entries
 from ._fit import fit_curvature
 from ._linear import Linear
 from ._normalisation import Scale
@@ -22,7 +24,9 @@ def laplace_backend(**options: Any) -> type:
 
     Its `kron(x, y, N)` is that of `fit_curvature` with these options, "exact" unless told otherwise; all else is of
     laplace-torch's own generalised Gauss-Newton interface. It takes the weight and the bias of a layer apart, as all
-    backends of laplace-torch do: `fit_curvature` itself keeps them together.
+    backends of laplace-torch do: `fit_curvature` itself keeps them together. What has no two factors, a grouped or
+    transposed convolution or attention, is refused by name. Those of a tied weight stand for the sum over its uses in
+    each batch, and so depend on the batches.
 
     Raises:
         ImportError: laplace-torch is not installed.
@@ -58,16 +62,14 @@ def kronecker_factors(curvature: Curvature) -> list[list[Tensor]]:
     found: dict[Tensor, list[Tensor]] = {}
     for layer, pair in zip(passes.layers, curvature.factors.layers, strict=True):
         A, G = (M.to_dense() if hasattr(M, "to_dense") else M for M in pair)
-        weight, *bias = layer.parameters
-        if isinstance(layer.blocks[0], Scale):
+        first, (weight, *bias) = layer.blocks[0], layer.parameters
+        if isinstance(first, Scale):
             found |= {p: [torch.diag(G[:, i, i])] for i, p in enumerate(layer.parameters)}
-        elif isinstance(layer.blocks[0], Embedding):
+        elif isinstance(first, Embedding):
             found[weight] = [A, G]
-        elif (
-            layer.dense is not None
-            and A.ndim == 2
-            and getattr(layer.dense, "whole", not isinstance(layer.dense, Linear))
-        ):
+        elif weight.ndim == 1 and isinstance(first, Linear | Entries):  # a vector alone
+            found[weight] = [G * A]
+        elif A.ndim == 2 and isinstance(first, Dense) and _whole(first):
             n = len(A) - len(bias)
             found[weight] = [G, A[:n, :n]]
             found |= {p: [G * A[-1, -1]] for p in bias}
@@ -75,3 +77,11 @@ def kronecker_factors(curvature: Curvature) -> list[list[Tensor]]:
     if missing := [name for name, p in trained if p not in found]:
         raise ValueError(f"laplace-torch takes two factors of each weight, expected no {', '.join(missing)}")
     return [found[p] for _, p in trained]
+
+
+def _whole(block: Block) -> bool:
+    """Whether its W, beside the bias, has the entries of the weight in their order."""
+    weight, *bias = block.parameters
+    order = torch.arange(weight.numel()).reshape(weight.shape)
+    W = block.matrix(lambda p: order if p is weight else torch.zeros(p.shape, dtype=order.dtype))
+    return torch.equal(W[..., : W.shape[-1] - len(bias)].flatten(), order.flatten())

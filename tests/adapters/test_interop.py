@@ -107,6 +107,30 @@ def test_laplace_takes_the_backend(laplace, case, batch, part):
     agree(ours(x[:5]), theirs(x[:5]))
 
 
+def test_laplace_has_tied_weights_and_vectors_alone(laplace):
+    """The posterior is N F + δ I with F of each parameter by itself; a transposed convolution is no product of two."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.last, self.scale = nn.Embedding(K, 5), nn.Linear(5, K), nn.Parameter(torch.ones(5))
+            self.last.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.scale * self.embed(x).sum(1)))
+
+    torch.manual_seed(0)
+    model, x, y = Tied().double(), torch.randint(K, (N, 4)), torch.randint(K, (N,))
+    la = kron_laplace(laplace, (model, x, y), laplace_backend(), N)
+    curvature = fit_curvature(model, "categorical", [(x, y)], progress=False)
+    agree(la.posterior_precision.logdet(), curvature.shifted(0.7, scale=N).logdet())
+    J = la.backend.jacobians(x[:5])[0]
+    agree(la.functional_variance(J), curvature.variances(x[:5], delta=0.7, scale=N))
+    turned = nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Flatten(), nn.Linear(18, K)).double()
+    with pytest.raises(ValueError, match=r"two factors of each weight, expected no 0\.weight, 0\.bias"):
+        kron_laplace(laplace, (turned, torch.randn(N, 2, 2, 2).double(), y), laplace_backend(), N)
+
+
 def test_laplace_has_batches_of_dictionaries(laplace, case):
     class Mapped(nn.Module):
         def __init__(self, of):
