@@ -510,6 +510,23 @@ def test_products_with_the_exact_fisher_and_the_gradient(name):
         np.testing.assert_allclose(operator @ v.numpy(), F.stacked(F @ F.split(v)) + 0.5 * v, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_products_with_the_exact_fisher_of_a_recurrence(kind):
+    """In float32 as well, of which torch has no forward mode of an LSTM."""
+    torch.manual_seed(0)
+    model, x, y = kind(3, 4, batch_first=True), torch.randn(N, 2, 3), torch.randint(4, (N, 2))
+    F = FisherOperator(model, "categorical", (x, y), outputs=0)
+    curvature = fit_curvature(model, "categorical", (x, y), outputs=0, progress=False)
+    (names, parameters), outputs = zip(*model.named_parameters(), strict=True), model(x)[0].flatten(0, 1)
+    v = torch.randn(sum(p.numel() for p in parameters))
+    product = torch.zeros_like(v)
+    for z, p in zip(outputs, outputs.softmax(-1).detach(), strict=True):
+        slopes = [torch.autograd.grad(z_k, parameters, retain_graph=True) for z_k in z]
+        J = torch.stack([flat(curvature, dict(zip(names, slope, strict=True))) for slope in slopes])
+        product += J.T @ ((torch.diag(p) - torch.outer(p, p)) @ (J @ v)) / N
+    torch.testing.assert_close(F.stacked(F @ F.split(v)), product)
+
+
 def test_the_fisher_operator_takes_matrices_in_the_dtype_of_the_factors():
     case, wide = Case("mlp", torch.float32), {"factor_dtype": torch.float64}
     F, curvature = FisherOperator(case.model, "categorical", case.loader(7), **wide), case.fit(**wide)
