@@ -140,7 +140,7 @@ def draw(figure: Figure, case: Flipped, scores: dict[float, Tensor]) -> None:
     for name, score in PUBLISHED.items():
         right.axhline(score, color=FAINT, linewidth=1, linestyle=":")
         side = "top" if name == "Grad-Dot" else "bottom"
-        right.text(1.0, score, name, transform=right.get_yaxis_transform(), ha="right", va=side, color=INK)
+        right.text(0.01, score, name, transform=right.get_yaxis_transform(), va=side, color=INK)
     right.set(xscale="log", title="Linear datamodeling score of EKFAC", xlabel="damping / mean eigenvalue of a layer")
     right.set_ylim(min(0, *means), 0.5)
     panels = lower.subplots(QUERIES, 2 * SHOWN + 1)

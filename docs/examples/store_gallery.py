@@ -38,6 +38,9 @@ COMMANDS = {
     "race_sparse": "make race ARGS='--tasks sparse'",
     "jax_transformer": "make jax_transformer",
     "influence": "make influence",
+    "laplace_digits": "make interop && .venv-interop/bin/python docs/examples/laplace_digits.py",
+    "pruning": "make pruning",
+    "hessian_free": "make hessian_free",
     "distributed_autoencoder": "make distributed_autoencoder",
 }
 
