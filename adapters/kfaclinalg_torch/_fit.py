@@ -45,10 +45,11 @@ def fit_curvature(
 
     One pass over the data, in evaluation mode; for "eigen" a second one, for the mean squares of the gradients along
     the eigenvectors (EKFAC, George et al. 2018), of which nothing is kept but their sum. With the exact and the
-    empirical estimator the result does not depend on the size or the order of the batches, but for rounding. What no
-    rule knows, or sees no examples, as an embedding of positions, is seen one example at a time. Under
-    `torch.distributed` each process brings its share of the data, and all get the same; an error of one is everyone's,
-    and "block-tridiagonal" is refused there.
+    empirical estimator the result does not depend on the size or the order of the batches, but for rounding; the
+    eigenvectors of an eigenvalue that A or G has twice, and with them EKFAC's F, are anybody's. What no rule knows, or
+    sees no examples, as an embedding of positions, is seen one example at a time. Under `torch.distributed` each
+    process brings its share of the data, and all get the same; an error of one is everyone's, and "block-tridiagonal"
+    is refused there.
 
     Args:
         model, likelihood, structure, estimator: as of `KFACPreconditioner`; the empirical Fisher is of the targets of
