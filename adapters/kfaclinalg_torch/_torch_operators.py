@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfaclinalg import BlockDiagonal
+from kfaclinalg import BlockDiagonal, BlockTridiagonalInverse
 
 from ._matrix_free import FisherOperator
 from ._spectra import strength
 
+Operator = FisherOperator | BlockDiagonal | BlockTridiagonalInverse
 
-def gpytorch_operator(operator: FisherOperator | BlockDiagonal, damping: float = 0.0) -> Any:
+
+def gpytorch_operator(operator: Operator, damping: float = 0.0) -> Any:
     """operator + damping I as GPyTorch's `linear_operator.LinearOperator` on the stacked vec(V_i), for its `solve`.
 
-    For a `FisherOperator`, or a `BlockDiagonal` as a `Curvature` has it: `Curvature.shifted(delta).inverse()` as a
-    preconditioner of the first.
+    For a `FisherOperator`, or what a `Curvature` has as a preconditioner of it: `shifted(delta).inverse()`, or
+    `inverse(gamma)` of any structure.
 
     Raises:
         ImportError: linear_operator is not installed.
@@ -44,7 +46,7 @@ def gpytorch_operator(operator: FisherOperator | BlockDiagonal, damping: float =
     return Columns(like, product)
 
 
-def curvlinops_operator(operator: FisherOperator | BlockDiagonal, damping: float = 0.0) -> Any:
+def curvlinops_operator(operator: Operator, damping: float = 0.0) -> Any:
     """operator + damping I as a curvlinops operator on the stacked vec(V_i), for its inverses by CG, LSMR and Neumann.
 
     Raises:
@@ -69,11 +71,13 @@ def _columns(operator: Any, damping: float) -> tuple[Tensor, Callable[[Tensor], 
     if isinstance(operator, FisherOperator):
         passes, shapes = operator._passes, operator.shapes
         like = operator.stacked(passes.trained.network.weights()).to(passes.dtype)
-    elif isinstance(operator, BlockDiagonal):
-        diagonal: Any = operator.diagonal()
+    elif isinstance(operator, BlockDiagonal | BlockTridiagonalInverse):
+        blocks = operator.blocks if isinstance(operator, BlockDiagonal) else operator.Lambda
+        diagonal: Any = [block.diagonal() for block in blocks]
         shapes, like = [tuple(d.shape) for d in diagonal], torch.cat([d.mT.reshape(-1) for d in diagonal])
     else:
-        raise TypeError(f"operator is a {type(operator).__name__}, expected a FisherOperator or a BlockDiagonal")
+        expected = "a FisherOperator, a BlockDiagonal or a BlockTridiagonalInverse"
+        raise TypeError(f"operator is a {type(operator).__name__}, expected {expected}")
     sizes = [torch.Size(shape).numel() for shape in shapes]
 
     def one(x: Tensor) -> Tensor:

@@ -246,6 +246,9 @@ def test_the_solvers_of_gpytorch_and_curvlinops_take_our_operators(case):
     solution = torch.linalg.solve(dense, b)
     A, inverse = gpytorch_operator(F, 3.0), gpytorch_operator(P.inverse())
     agree(A @ b, dense @ b)
+    chain = fit_curvature(model, "categorical", (x, y), structure="block-tridiagonal").inverse(0.3)
+    for operator in (gpytorch_operator(chain), curvlinops_operator(chain)):
+        agree(operator @ b, chain.to_dense() @ b)
     agree(inverse.to_dense(), P.inverse().to_dense())
     limits = {"tolerance": 1e-12, "max_iter": 40}
     found = [
