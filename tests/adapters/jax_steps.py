@@ -26,3 +26,8 @@ def stepper(net, tx, y):
 def network(**options):
     f, params, x, _, _ = jax_models.mlp()
     return Network(f, "categorical", example=(params, x), **options), params, x, jnp.asarray([0, 1, 1, 0])
+
+
+def compiled(net, tx):
+    """The two halves of such a step, for those that look between them."""
+    return jax.jit(net.value_grad_and_statistics), jax.jit(tx.update)
