@@ -93,7 +93,7 @@ newest: $(VENV)-newest/.made
 
 # The layers of a network in JAX are found in its programs, whose form changes from one version to the next: how well
 # XLA then compiles them is not of interest. On JAX 0.9.0, and no later one, kfac-jax runs too.
-JAX_TESTS := $(addprefix tests/adapters/test_jax_,network.py peer.py)
+JAX_TESTS := $(addprefix tests/adapters/test_jax_,layers.py network.py peer.py)
 jax: $(VENV)-jax/.made $(VENV)-jax312/.made
 	@for python in $(VENV)-jax/bin/python $(VENV)-jax312/bin/python; do \
 	    if [ -x $$python ]; then (set -x; JAX_DISABLE_MOST_OPTIMIZATIONS=1 $$python -m pytest -q --noconftest $(JAX_TESTS) $(ARGS)) || exit; fi; \
