@@ -17,7 +17,14 @@ from kfaclinalg_torch._grid import Duties
 
 # What takes each process seconds to import, imported once and forked.
 set_forkserver_preload(
-    ["kfaclinalg_torch", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+    [
+        "array_api_compat.torch",
+        "kfaclinalg_torch",
+        "pytest",
+        "torch._decomp.decompositions_for_jvp",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+    ]
 )
 
 N = 12
