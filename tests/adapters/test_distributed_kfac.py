@@ -1,6 +1,7 @@
 """Algorithm 2 in several processes is Algorithm 2 in one, on all of their examples."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -37,6 +38,11 @@ OPTIONS = {
     "all masked, eigen": {"structure": "eigen", "estimator": "exact", "chunk_size": 2},
     "all masked, block-tridiagonal": {"structure": "block-tridiagonal", "statistics_fraction": 1.0},
 }
+
+
+def options(world):
+    """Where one process has all examples, those that divide them otherwise are no others."""
+    return [name for name in OPTIONS if world > 1 or not name.startswith(("uneven", "empty"))]
 
 
 def trained(name, rank=0, world=1, seed=3, steps=5):
@@ -189,7 +195,7 @@ def grouped(rank):
 
 def run(rank, world):
     pays, _divided.PAYS = _divided.PAYS, 0  # so that whatever can be is shared
-    found = {name: trained(name, rank, world) for name in OPTIONS} | {"resumed": resumed(rank, world)}
+    found = {name: trained(name, rank, world) for name in options(world)} | {"resumed": resumed(rank, world)}
     if world == 3:
         found["refused"], found["sharded"], found["none"] = refused(rank), sharded(world), empty(rank)
         found["grouped"], found["masked"] = grouped(rank), masked(rank, world)
@@ -205,10 +211,12 @@ def processes(tmp_path_factory):
     return {world: spawned(tmp_path_factory.mktemp(f"of{world}"), world, run) for world in WORLDS}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", OPTIONS)
+expected = cache(trained)
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in options(world)])
 def test_as_many_processes_as_there_are_take_the_step_of_one(processes, name, world):
-    weights, infos = trained(name)
+    weights, infos = expected(name)
     for found, happened in (process[name] for process in processes[world]):
         torch.testing.assert_close(found, weights, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(happened, infos, rtol=1e-7, atol=1e-9, equal_nan=True)

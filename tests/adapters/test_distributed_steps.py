@@ -27,10 +27,24 @@ def cases(world):
 CASES = {f"{world} {' '.join(map(str, case))}": (world, case) for world in WORLDS for case in cases(world)}
 
 
+def dtypes(world, structure, split):
+    """In float32 one split for each structure: the others would round as it does."""
+    square = world == 4 or list(STRUCTURES).index(structure) == list(SPLITS[world]).index(split)
+    return BOUNDS if square else [torch.float64]
+
+
+RUNS = [
+    (name, dtype)
+    for name, (world, (_, _, structure, split, _)) in CASES.items()
+    for dtype in dtypes(world, structure, split)
+]
+
+
 def run(rank, world):
     found = {}
-    for name, (processes, (wrapper, placement, structure, split, limit)) in CASES.items():
-        for dtype in BOUNDS if processes == world else ():
+    for name, dtype in RUNS:
+        processes, (wrapper, placement, structure, split, limit) = CASES[name]
+        if processes == world:
             model = model_of(dtype)
             called = wrapped(model, wrapper, world)
             options = {"placement": placement, "structure": STRUCTURES[structure]} | LIMITS[limit]
@@ -71,8 +85,7 @@ def spread(references, world, dtype, structure, limit):
     return references[key]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
 def test_many_processes_give_what_one_gives(processes, references, name, dtype):
     world, (_, placement, structure, _, limit) = CASES[name]
     expected = reference(references, world, dtype, structure, limit)
