@@ -94,8 +94,10 @@ def run(b: Backend, case: Case, f, *others):
     return b.numpy(b.jit(lambda U, s, d, *xs: f(LowRankPlusDiagonal(U, s, d), *xs))(*map(b.array, arrays)))
 
 
-def run_on(b: Backend, f, M: LowRankPlusDiagonal, X) -> np.ndarray:
-    return b.numpy(b.jit(lambda U, s, d, X: f(LowRankPlusDiagonal(U, s, d), X))(M.U, M.s, M.d, X))
+def run_on(b: Backend, fs, M: LowRankPlusDiagonal, X) -> list[np.ndarray]:
+    """Each f(M, X), of one program."""
+    found = b.jit(lambda U, s, d, X: [f(LowRankPlusDiagonal(U, s, d), X) for f in fs])(M.U, M.s, M.d, X)
+    return [b.numpy(Y) for Y in found]
 
 
 def right_hand_sides(b: Backend, case: Case) -> np.ndarray:
@@ -224,10 +226,9 @@ def test_without_u_it_is_division(b):
         LowRankPlusDiagonal(b.array(np.zeros((3, 0))), b.array(np.zeros(0)), b.array(d)),
         Diagonal(b.array(d)),
     ):
-        for Y in (M.inverse() @ b.array(X), M.solve(b.array(X))):
-            np.testing.assert_allclose(b.numpy(Y), X / d[:, None], rtol=testing.C * b.eps)
-        np.testing.assert_allclose(b.numpy(M.inverse().to_dense()), np.diag(1 / d), rtol=testing.C * b.eps)
-        assert b.numpy(M.logdet()) == pytest.approx(np.log(3), rel=testing.C * b.eps)
+        found = b.jit(lambda M, X: (M.inverse() @ X, M.solve(X), M.inverse().to_dense(), M.logdet()))(M, b.array(X))
+        for Y, expected in zip(found, (X / d[:, None], X / d[:, None], np.diag(1 / d), np.log(3)), strict=True):
+            np.testing.assert_allclose(b.numpy(Y), expected, rtol=testing.C * b.eps)
 
 
 @eager_backends
@@ -298,8 +299,7 @@ def test_a_failing_member_is_nan_as_a_whole_and_the_others_are_not_touched(b):
     members = [good, *(spoil(*good) for spoil in SPOILED.values()), good]
     M, one = (LowRankPlusDiagonal(*(b.array(np.stack(x)) for x in zip(*m, strict=True))) for m in (members, [good]))
     X = np.concatenate([np.eye(3), np.zeros((3, 1))], axis=1)  # zeros do not hide it
-    for f in OUTPUTS:
-        computed, expected = (run_on(b, f, operator, b.array(X)) for operator in (M, one))
+    for computed, expected in zip(*(run_on(b, OUTPUTS, operator, b.array(X)) for operator in (M, one)), strict=True):
         for i, name in enumerate(SPOILED, start=1):
             assert np.isnan(computed[i]).all(), name
         for i in (0, -1):
@@ -365,19 +365,21 @@ def test_a_diagonal_too_small_to_invert_with_is_nan():
 def test_batches_broadcast(b):
     U, s, d = Case(3, 1, 1).arrays(b)
     M = LowRankPlusDiagonal(b.array(np.stack([U, 0.5 * U])[:, None]), b.array(s), b.array(np.stack([d] * 4) * 2))
-    X = b.array(np.ones((5, 1, 1, 3, 2)))
-    for f in (
-        lambda M, X: M @ X,
-        lambda M, X: M.inverse() @ X,
-        lambda M, X: M.inverse("sherman-morrison") @ X,
-        lambda M, X: M.solve(X),
+    X, dense = np.ones((5, 1, 1, 3, 2)), (0.25 * U * s) @ U.T + np.diag(2 * d)
+    solved = np.linalg.solve(dense, X[0, 0, 0])
+    for f, expected in (
+        (lambda M, X: M @ X, dense @ X[0, 0, 0]),
+        (lambda M, X: M.inverse() @ X, solved),
+        (lambda M, X: M.inverse("sherman-morrison") @ X, solved),
+        (lambda M, X: M.solve(X), solved),
     ):
-        Y = run_on(b, f, M, X)
+        (Y,) = run_on(b, [f], M, b.array(X))
         assert Y.shape == (5, 2, 4, 3, 2)
-        one = LowRankPlusDiagonal(b.array(0.5 * U), b.array(s), b.array(2 * d))
-        np.testing.assert_allclose(Y[2, 1, 3], b.numpy(f(one, X))[2, 0, 0], rtol=b.eps**0.5)
-    assert b.numpy(M.logdet()).shape == b.numpy(M.trace()).shape == (2, 4)
-    assert b.numpy(M.to_dense()).shape == b.numpy(M.inverse().to_dense()).shape == (2, 4, 3, 3)
+        np.testing.assert_allclose(Y[2, 1, 3], expected, rtol=b.eps**0.5)
+    scalars = run_on(b, [lambda M, X: M.logdet(), lambda M, X: M.trace()], M, b.array(X))
+    assert [x.shape for x in scalars] == [(2, 4)] * 2
+    matrices = run_on(b, [lambda M, X: M.to_dense(), lambda M, X: M.inverse().to_dense()], M, b.array(X))
+    assert [x.shape for x in matrices] == [(2, 4, 3, 3)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
