@@ -14,8 +14,8 @@ from kfaclinalg_torch import KFAC
 
 SIZES = (64, 100, 50, 25, 6, 25, 50, 100, 64)
 CODE = 3  # this layer and the last are linear
-ERROR, SEEDS = 1.0, 3
-# From elsewhere: what a plain implementation of the paper's Algorithm 2 needed to reach the error, with seed 0.
+ERROR, SEED = 1.0, 0
+# From elsewhere: what a plain implementation of the paper's Algorithm 2 needed to reach the error, with this seed.
 REFERENCE = {
     0.01: {"block-diagonal": 58, "block-tridiagonal": 36},
     1.0: {"block-diagonal": 79, "block-tridiagonal": 72},
@@ -38,26 +38,27 @@ def autoencoder(seed):
     return nn.Sequential(*modules)
 
 
-def iterations(structure, damping, seed, *, at_most):
+def iterations(structure, damping, *, at_most):
     """Until the squared error, summed over pixels, mean over digits, is ERROR."""
     digits = torch.from_numpy(load_digits().data / 16).float()
-    model, generator = autoencoder(seed), torch.Generator().manual_seed(seed)
+    model, generator = autoencoder(SEED), torch.Generator().manual_seed(SEED)
     fractions = {"statistics_fraction": 1.0, "curvature_fraction": 1.0}
     optimizer = KFAC(model, "bernoulli", structure=structure, damping=damping, generator=generator, **fractions)
-    for k in range(1, at_most + 1):
+    for k in range(1, int(at_most) + 1):
         optimizer.step(digits, digits)
         assert not optimizer.info.refused
         with torch.no_grad():
             if (model(digits).sigmoid() - digits).square().sum(1).mean() <= ERROR:
                 return k
-    pytest.fail(f"{structure}, λ0 = {damping}, seed {seed}: an error above {ERROR} after {at_most} iterations")
+    pytest.fail(f"{structure}, λ0 = {damping}: an error above {ERROR} after {k} iterations")
 
 
 @pytest.mark.parametrize("damping", REFERENCE)
-def test_as_few_iterations_as_the_reference_and_fewer_with_the_tridiagonal_inverse(damping):
-    mean = {}
-    for structure, reference in REFERENCE[damping].items():
-        counts = [iterations(structure, damping, seed, at_most=2 * reference) for seed in range(SEEDS)]
-        mean[structure] = sum(counts) / SEEDS
-        assert mean[structure] <= 1.15 * reference, counts
-    assert mean["block-tridiagonal"] < mean["block-diagonal"]
+def test_as_many_iterations_as_the_reference_and_fewer_with_the_tridiagonal_inverse(damping):
+    """Fewer than the reference would be those of another algorithm, too."""
+    counts = {
+        structure: iterations(structure, damping, at_most=1.1 * reference)
+        for structure, reference in REFERENCE[damping].items()
+    }
+    assert counts == pytest.approx(REFERENCE[damping], rel=0.1)
+    assert counts["block-tridiagonal"] < counts["block-diagonal"]
