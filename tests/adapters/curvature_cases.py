@@ -75,6 +75,17 @@ class Tied(nn.Module):
         return self.last(self.norm(torch.tanh(self.mix(h)).sum(1)))
 
 
+class Sum(nn.Module):
+    """Of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, K)
+
+    def forward(self, one, other):
+        return self.layer(one + other)
+
+
 def mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, K))
 
