@@ -451,6 +451,15 @@ def test_a_shift_below_zero_is_added_to_all_rows(native, n, taken, machine):
 
 
 @both_ways
+def test_another_default_device_changes_nothing(native, taken, machine):
+    machine(native=native)
+    A = arguments(TORCH)[0]
+    with torch.device("meta"):
+        assert torch.equal(spd.inverse(A), spd.inverse(A.clone()))
+    assert len(taken) == 2
+
+
+@both_ways
 def test_large_entries_do_not_overflow_when_symmetrised(native, taken, machine):
     machine(native=native)
     A = torch.eye(3) * 3e38

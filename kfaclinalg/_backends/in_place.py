@@ -44,7 +44,8 @@ def potrf(X: Matrix) -> tuple[Matrix, int]:
     """Lower L, with zeros above it, in the place of X, which lies in LAPACK's order; 0 if there is one."""
     import torch
 
-    L, info = torch.from_numpy(X), torch.empty((), dtype=torch.int32)
+    L = torch.from_numpy(X)
+    info = L.new_empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(L, out=(L, info))
     return X, int(info)
 
