@@ -65,7 +65,12 @@ class KroneckerPair(Value):
         conditioned. `solve` is refined.
         """
         _checks.check_choice("method", method, ("eigh",))
-        return rebuilt(KroneckerBasis, _inverse(self.A, self.B, self.C, self.D))
+        # With A = L Lᵀ and L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C diagonal:
+        # K_Aᵀ A K_A = I and K_Aᵀ C K_A = diag(s_A). The same for B, D. Hence, with K = K_A ⊗ K_B,
+        #     Kᵀ (A ⊗ B + C ⊗ D) K = I ⊗ I + diag(s_A) ⊗ diag(s_B).
+        # The paper takes symmetric square roots for L; Cholesky factors lose far fewer digits in float32.
+        (K_A, s_A), (K_B, s_B) = _backends.pencil(self.A, self.C), _backends.pencil(self.B, self.D)
+        return rebuilt(KroneckerBasis, (K_A, K_B, _weights(s_A, s_B)))
 
     def solve(self, V: Array, method: str = "eigh") -> Array:
         """U with B U Aᵀ + D U Cᵀ = V, a generalised Stein equation.
@@ -83,8 +88,8 @@ class KroneckerPair(Value):
         """log det (A ⊗ B + C ⊗ D) = m log det A + n log det B + Σ log(1 + s_A s_B) (...). About 3 (n³ + m³) flops."""
         xp, (m, n) = self._backend().xp, self.shape
         s_A, s_B = _backends.pencil_values(self.A, self.C), _backends.pencil_values(self.B, self.D)
-        inverse = _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])
-        return m * _backends.logdet(self.A) + n * _backends.logdet(self.B) - xp.sum(xp.log(inverse), axis=(-2, -1))
+        weights = _weights(s_A, s_B)
+        return m * _backends.logdet(self.A) + n * _backends.logdet(self.B) - xp.sum(xp.log(weights), axis=(-2, -1))
 
     def trace(self) -> Array:
         """tr(A) tr(B) + tr(C) tr(D) (...). 2 (n + m) flops."""
@@ -186,15 +191,6 @@ class KroneckerPair(Value):
 
 
 @_backends.formula
-def _inverse(A: Array, B: Array, C: Array, D: Array) -> tuple[Array, Array, Array]:
-    """K_A, K_B and weights with (A ⊗ B + C ⊗ D)⁻¹ = (K_A ⊗ K_B) diag(vec(weights)) (K_A ⊗ K_B)ᵀ.
-
-    With A = L Lᵀ and L⁻¹ C L⁻ᵀ = E diag(s_A) Eᵀ, the matrix K_A = L⁻ᵀ E makes both of A, C diagonal: K_Aᵀ A K_A = I and
-    K_Aᵀ C K_A = diag(s_A). The same for B, D. Hence, with K = K_A ⊗ K_B,
-
-        Kᵀ (A ⊗ B + C ⊗ D) K = I ⊗ I + diag(s_A) ⊗ diag(s_B).
-
-    The paper takes symmetric square roots for L; Cholesky factors lose far fewer digits in float32.
-    """
-    (K_A, s_A), (K_B, s_B) = _backends.pencil(A, C), _backends.pencil(B, D)
-    return K_A, K_B, _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])
+def _weights(s_A: Array, s_B: Array) -> Array:
+    """1 / (1 + s_A s_B) (..., m, n)."""
+    return _backends.reciprocal(1 + s_B[..., :, None] * s_A[..., None, :])

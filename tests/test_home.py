@@ -166,7 +166,7 @@ def test_elsewhere_only_what_torch_lacks_leaves_it(name, setting, taken, machine
     left = [f for f in taken if f.__module__ != in_place.__name__]
     assert sum(f in RANK_N for f in left) == (0 if "native" in setting else MOMENTS.get(name, 0))
     assert not left or "native" not in setting
-    others = [f for f in left if f not in (*RANK_N, spectra.pencil, spectra.pencil_values)]
+    others = [f for f in left if f not in RANK_N]
     assert not [f for f in others if f.__module__ in (single.__name__, spectra.__name__)]  # formulas
 
 
@@ -464,6 +464,19 @@ def test_large_entries_do_not_overflow_when_symmetrised(native, taken, machine):
     machine(native=native)
     A = torch.eye(3) * 3e38
     torch.testing.assert_close(spd.inverse(A), torch.eye(3) / 3e38)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("routine", [routines.eigh, routines.eigvalsh])
+def test_eigenvalues_that_do_not_converge_in_place_are_nan(routine, taken, machine, monkeypatch):
+    machine(native=True)
+
+    def fails(M):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, routine.__name__, fails)
+    found = routine(torch.eye(3))
+    assert all(torch.isnan(x).all() for x in (found if isinstance(found, tuple) else (found,)))
     assert len(taken) == 1
 
 

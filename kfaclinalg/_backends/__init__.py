@@ -8,12 +8,13 @@ routine has one body in the array API's terms; another one stands here where a m
 | product, moment, updated_moment | x | | | | | |
 | shifted | | | x | | | |
 | cholesky, solve | x | x | x | | | |
+| eigh, eigvalsh, pencil, pencil_values | x | x | | | | |
 | general_inverse, completed | x | | x | | | |
 | inverse | x | x | x | x | | |
 | trace | | | | x | | |
 | inverse_of_factor | | | x | | | |
 | forward_substitution, back_substitution | x | | x | x | x | x |
-| substituted, inverse_root, logdet, eigh, eigvalsh, log_abs_det, pencil, pencil_values | x | | | | | |
+| substituted, inverse_root, logdet, log_abs_det | x | | | | | |
 """
 
 from .._typing import Array, ArrayT, Device, DType, Namespace, Scalar, Scalars

@@ -3,10 +3,13 @@ as much. What fails is NaN."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from . import single
-from .triangles import Matrix, nan
+from .triangles import Matrix, lower_half, mirrored, nan
 
 CROWDED = 512  # columns a multiple of that long lie in few lines of a cache, and drive each other out
 SPARE = 8
@@ -38,6 +41,66 @@ def solve(M: Matrix, X: Matrix) -> Matrix:
 
     L = single.factor(M, 0.0, potrf)
     return nan(X, X.shape) if L is None else torch.cholesky_solve(torch.from_numpy(X), torch.from_numpy(L)).numpy()
+
+
+def eigh(M: Matrix) -> tuple[Matrix, Matrix]:
+    """w and Q with (M + Mᵀ)/2 = Q diag(w) Qᵀ."""
+    return _eigh(lower_half(M))
+
+
+def eigvalsh(M: Matrix) -> Matrix:
+    """The eigenvalues of (M + Mᵀ)/2."""
+    return _eigvalsh(lower_half(M))
+
+
+def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
+    """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric."""
+    L = cholesky(M)
+    s, E = _eigh(_whitened(L, N))
+    return _substituted(L.T, E, left=True), s
+
+
+def pencil_values(M: Matrix, N: Matrix) -> Matrix:
+    """s alone."""
+    return _eigvalsh(_whitened(cholesky(M), N))
+
+
+def _whitened(L: Matrix, N: Matrix) -> Matrix:
+    """L⁻¹ N L⁻ᵀ."""
+    return _substituted(L.T, _substituted(L, mirrored(lower_half(N)).T, left=True), left=False)
+
+
+def _substituted(L: Matrix, X: Matrix, *, left: bool) -> Matrix:
+    """L⁻¹ X, or X L⁻¹, for triangular L, in the place of X, which lies in LAPACK's order."""
+    import torch
+
+    out = torch.from_numpy(X)
+    torch.linalg.solve_triangular(torch.from_numpy(L), out, upper=L.flags.c_contiguous, left=left, out=out)
+    return X
+
+
+def _eigh(X: Matrix) -> tuple[Matrix, Matrix]:
+    import torch
+
+    found = _converged(torch.linalg.eigh, X)
+    return (nan(X, X.shape[:1]), nan(X, X.shape)) if found is None else (found[0].numpy(), found[1].numpy())
+
+
+def _eigvalsh(X: Matrix) -> Matrix:
+    import torch
+
+    found = _converged(torch.linalg.eigvalsh, X)
+    return nan(X, X.shape[:1]) if found is None else found.numpy()
+
+
+def _converged(f: Callable[..., Any], X: Matrix) -> Any:
+    """f of the symmetric matrix with the lower triangle of X, None where it fails."""
+    import torch
+
+    try:
+        return f(torch.from_numpy(X)) if np.isfinite(X).all() else None
+    except RuntimeError:  # torch.linalg.LinAlgError: it does not converge
+        return None
 
 
 def potrf(X: Matrix) -> tuple[Matrix, int]:

@@ -152,7 +152,7 @@ def logdet(M: Array) -> Array:
     return 2 * xp.sum(xp.log(xp.linalg.diagonal(cholesky(M))), axis=-1)
 
 
-@routine(single=spectra.eigh)
+@routine(single=spectra.eigh, in_place=in_place.eigh)
 def eigh(M: Array) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors, NaN for a member that has a NaN or infinity or does not converge.
 
@@ -164,7 +164,7 @@ def eigh(M: Array) -> tuple[Array, Array]:
     return kept(finite, w, 1), kept(finite, Q)
 
 
-@routine(single=spectra.eigvalsh)
+@routine(single=spectra.eigvalsh, in_place=in_place.eigvalsh)
 def eigvalsh(M: Array) -> Array:
     """The eigenvalues alone, NaN as in `eigh`."""
     b, M = backend_of(M), symmetrised(M)
