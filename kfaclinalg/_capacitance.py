@@ -38,12 +38,20 @@ def _are_positive(s: Array, d: Array) -> Array:
 
 def whitened(U: Array, s: Array, d: Array) -> Whitened:
     """The diagonal of D^½ M⁻¹ D^½ is at least 1/‖I + S^½ Vᵀ V S^½‖: noise below half of that leaves no doubt."""
-    b, k = _backends.backend_of(U), s.shape[0]
-    root, scale = b.xp.sqrt(d)[:, None], b.xp.sqrt(s)[:, None]
+    b = _backends.backend_of(U)
+    root = b.xp.sqrt(d)[:, None]
     V = U / root
-    G = b.eye(k) + scale * product(V.mT, V) * scale.mT
-    doubt = not b.xp.linalg.matrix_norm(G) * noise(b, k) < 0.5
-    return Whitened(V, _backends.cholesky(G) / scale, root, bool(doubt))
+    R, doubt = _factor(product(V.mT, V), s)
+    return Whitened(V, R, root, bool(doubt))
+
+
+@_backends.formula
+def _factor(C: Array, s: Array) -> tuple[Array, Array]:
+    """R for C = Vᵀ V, and the doubt."""
+    b, k = _backends.backend_of(C), s.shape[0]
+    scale = b.xp.sqrt(s)[:, None]
+    G = b.eye(k) + scale * C * scale.mT
+    return _backends.cholesky(G) / scale, ~(b.xp.linalg.matrix_norm(G) * noise(b, k) < 0.5)
 
 
 def noise(b: _backends.Backend, k: int) -> float:
