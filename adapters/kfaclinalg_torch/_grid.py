@@ -111,8 +111,8 @@ def _sides(layer: Layer) -> Any:
 def subgroup(ranks: Sequence[int], *teams: Team) -> Team:
     """A new group of these processes of all; every member of the teams, which together link them, makes one.
 
-    torch names it by how many groups a process knows, and who has another name is waited for in vain: who knows fewer
-    than the others makes some of itself alone.
+    It waits as long as the first team; torch's default is half an hour. torch names it by how many groups a process
+    knows, and who has another name is waited for in vain: who knows fewer than the others makes some of itself alone.
     """
     own, known = [distributed.get_rank()], distributed.distributed_c10d._world.pg_names
     most = [len(known)]
@@ -121,5 +121,5 @@ def subgroup(ranks: Sequence[int], *teams: Team) -> Team:
     with teams[0].waiting("a process group"):
         while len(known) < most[0]:
             distributed.new_group(own, use_local_synchronization=True)
-        group = distributed.new_group(list(ranks), use_local_synchronization=True)
+        group = distributed.new_group(list(ranks), teams[0].timeout, use_local_synchronization=True)
     return Team(group, teams[0].device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from time import monotonic
 from typing import Any
 from zlib import crc32
@@ -43,6 +44,14 @@ class Team:
 
     def global_rank(self, rank: int) -> int:
         return distributed.get_global_rank(self.group, rank)
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """That of the group, which torch says in private; None where it does not."""
+        try:
+            return self.group._get_backend(torch.device(self.device)).options._timeout
+        except (AttributeError, RuntimeError):
+            return None
 
     def sums(
         self, tensors: Sequence[Tensor], counts: Sequence[int], what: str

@@ -1,10 +1,13 @@
 """Which processes take part: groups, meshes, and processes that know of groups of their own."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_distributed_agreement import made
 from together import SPLITS, alone, model_of, spawned, trained, wrapped
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -17,6 +20,7 @@ SAID = {
     "the same": "",
 }
 CASES = {"ddp": {"placement": "owner"}, "columns": {"placement": 0.5}, "hsdp": {}}
+TIMEOUT = 100.0  # seconds; nobody's default
 
 
 def part_of_a_mesh(rank):
@@ -40,12 +44,23 @@ def refused(rank, world):
     return said
 
 
+def timeouts():
+    """Those of the groups that are made beside the wrapper's own."""
+    group = distributed.new_group(timeout=timedelta(seconds=TIMEOUT))
+    called = nn.parallel.DistributedDataParallel(model_of(), process_group=group)
+    exchange = made(called, placement=0.5)._exchange
+    exchange.ahead.learn(SimpleNamespace(steady=1, rows={}))
+    teams = exchange.grid.row, exchange.grid.column, exchange.ahead.team
+    backends = [team.group._get_backend(torch.device("cpu")) for team in teams]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 def run(rank, world):
     for ranks in ([0, 1], [0, 2], [0, 3]):
         distributed.new_group(ranks)
     if rank == 3:
         distributed.new_group([3], use_local_synchronization=True)
-    found = {"mesh": part_of_a_mesh(rank), "refused": refused(rank, world)}
+    found = {"mesh": part_of_a_mesh(rank), "refused": refused(rank, world), "timeouts": timeouts()}
     for kind, options in CASES.items():
         model = model_of()
         called = wrapped(model, "hsdp" if kind == "hsdp" else "ddp", world)
@@ -68,3 +83,7 @@ def test_processes_that_know_different_numbers_of_groups_train_together(processe
 @pytest.mark.parametrize("kind", SAID)
 def test_a_group_beside_the_one_of_the_parameters_is_refused(processes, kind):
     assert all(found["refused"][kind] == SAID[kind] for found in processes)
+
+
+def test_groups_wait_as_long_as_the_one_they_are_part_of(processes):
+    assert all(found["timeouts"] == [TIMEOUT] * 3 for found in processes)
