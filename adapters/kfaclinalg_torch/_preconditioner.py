@@ -118,7 +118,7 @@ class KFACPreconditioner(Seen, Controlled):
         check_choice("fallback", fallback, FALLBACKS)
         self.estimator, self.structure = values_of(estimator, structure, short)
         check_together(self.estimator, likelihood, length, kl_clip, kl_lr, generator)
-        wrapper, model = model, unwrapped(model)
+        wrapper, model, self._wrapper = model, unwrapped(model), weakref.ref(model)
         mesh = mesh_of(model)
         fallback = fallback if mesh is None else "none"  # of a part of a parameter no example's gradient is seen
         known = found(model, skip, table_of(layers), fallback)

@@ -180,3 +180,13 @@ def check_graph(model: nn.Module) -> None:
             "backward pass that it sees, that of update(): expected static_graph=False, or a backward pass of the loss "
             "before the preconditioner is made"
         )
+
+
+def check_join(model: nn.Module | None) -> None:
+    """A RuntimeError where a process may stop before the others, and DistributedDataParallel alone goes on for it."""
+    config = getattr(getattr(model, "_orig_mod", model), "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
+        raise RuntimeError(
+            "model is in join(), where a process without more batches takes no further step: expected batches without "
+            "examples there, or join(throw_on_early_termination=True); it stays so until join(enable=False)"
+        )

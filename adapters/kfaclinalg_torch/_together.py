@@ -19,6 +19,7 @@ from ._layer import Layer
 from ._preconditioned import clipping, of_length
 from ._reduction import shared
 from ._squares import mean_squares
+from ._team import check_join
 
 BEGIN = "the start of a step"
 FACTS = ("the layers", "the layers with gradients")
@@ -55,6 +56,7 @@ def _step(p: Any, exchange: Exchange) -> None:
     if estimate.due:
         exchange.ahead.leave(estimate.statistic, exchange.owners, exchange.wire)
     with everyone.agreed(BEGIN, "the schedule", "the options", *FACTS) as facts:
+        check_join(p._wrapper())
         for owner in p._owners:
             owner.check("preconditioner")
         statistic = estimate.statistic
@@ -153,18 +155,16 @@ def _refresh(p: Any, exchange: Exchange, damping: Any) -> None:
 
 def _observe(p: Any, exchange: Exchange, new: dict[str, Any], damping: Any) -> None:
     """The squares of the gradients in each layer's basis, which is its owner's and lent to the others."""
-    statistic, inverses = p._estimate.statistic, p._inverses
+    statistic, inverses, scale = p._estimate.statistic, p._inverses, p._estimate.scale
     for name, layer in exchange.layers.items():
         shown = any(block.name in statistic.rows for block in layer.blocks)
         if not (shown and name in exchange.templates and exchange.in_basis(name)):
             continue
         if layer.dense is not None:
-            squares = mean_squares(statistic, layer, exchange.lent(inverses, name), None, p._estimate.scale)
+            squares = mean_squares(statistic, layer, exchange.lent(inverses, name), None, scale)
         else:
             alone, F = layer.factors(new), inverses.fitted.get(name)
-            squares = (
-                None if F is None or alone is None else mean_squares(statistic, layer, F, alone, p._estimate.scale)
-            )
+            squares = None if F is None or alone is None else mean_squares(statistic, layer, F, alone, scale)
             squares = exchange.told(name, squares)
         if exchange.holds(name):
             inverses.take_squares(name, squares, p._decay, damping)

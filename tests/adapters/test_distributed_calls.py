@@ -90,6 +90,26 @@ def in_order(kind, rank, world, zeroed):
     return preconditioner._steps
 
 
+def joined(rank, world):
+    """In which step of `join` an error says what, and whether it has changed anything: the first process has more."""
+    found = []
+    for options in ({}, {"throw_on_early_termination": True}):
+        model, steps, before = model_of(), 0, None
+        called = wrapped(model, "ddp", world)
+        preconditioner = made(called)
+        try:
+            with called.join(**options):
+                for seed in range(3 - rank):
+                    model.zero_grad()
+                    passed(called, preconditioner, rank, world, seed)
+                    before = seen(preconditioner, model)
+                    preconditioner.step()
+                    steps += 1
+        except RuntimeError as error:
+            found.append((steps, str(error), steps > 0 or same(before, seen(preconditioner, model))))
+    return found
+
+
 def made_before(rank, world):
     """What is said where torch.distributed runs since, and whether the weights and gradients are as they were."""
     with mock.patch.object(distributed, "is_initialized", return_value=False):
@@ -109,7 +129,7 @@ def made_before(rank, world):
 
 def run(rank, world):
     found = {f"{kind} {mistake}": said_of(kind, mistake, rank, world) for kind in WRAPPERS for mistake in MISTAKES}
-    found["before"] = made_before(rank, world)
+    found["before"], found["joined"] = made_before(rank, world), joined(rank, world)
     found["in one"] = said_of("ddp", "no update in one", rank, world)
     for kind in WRAPPERS:
         found[f"{kind} twice"] = twice(kind, rank, world)
@@ -154,3 +174,13 @@ def test_what_was_made_for_one_process_is_none_of_several(processes):
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_new_gradients_are_taken_wherever_they_are_put(processes, kind):
     assert all(found[f"{kind} in order"] == [4, 4, 4] for found in processes)
+
+
+def test_join_is_refused_but_where_it_ends_for_all(processes):
+    for rank, found in enumerate(process["joined"] for process in processes):
+        (steps, said, unchanged), (others, ended, _) = found
+        assert steps == 0
+        assert "model is in join()" in said
+        assert unchanged
+        assert others == 2
+        assert ("exhausted all inputs" if rank else "at least one rank that exhausted inputs") in ended
