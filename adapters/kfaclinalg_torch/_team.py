@@ -42,6 +42,9 @@ class Team:
         self.size = 1 if group is None else distributed.get_world_size(group)
         self.rank = 0 if group is None else distributed.get_rank(group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Team:
+        return self
+
     def global_rank(self, rank: int) -> int:
         return distributed.get_global_rank(self.group, rank)
 

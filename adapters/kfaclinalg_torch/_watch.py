@@ -34,7 +34,8 @@ class Watch:
     (those of the exact quadratic model), `seconds/loss` (after the step) and `seconds/inverses`, which is all else. Of
     a preconditioner they are the lengths of a layer's gradient and of what became of it, `gradient/0` and `update/0`,
     the cosine of their angle, `cosine/...`, `rejected`, and the seconds `seconds/update`, `seconds/averages`,
-    `seconds/refresh` and `seconds/products`. The device is waited for.
+    `seconds/refresh` and `seconds/products`, in several processes all of the step. The device is waited for. Under
+    `fully_shard` every process must watch.
 
     Args:
         optimizer: a `KFAC` or a `KFACPreconditioner`.
@@ -154,8 +155,9 @@ def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
 
 def _gradient(layer: Layer) -> Tensor | None:
     """The gradients of its parameters in a row, in float64, a copy; None where there are none."""
-    parts = [p.grad.detach().double().ravel() for p in layer.parameters if p.grad is not None]
-    return torch.cat(parts) if parts else None
+    gradients: list[Any] = [p.grad.detach() for p in layer.parameters if p.grad is not None]
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+    return torch.cat([g.double().ravel() for g in whole]) if whole else None
 
 
 def _lengths(name: str, before: Tensor | None, after: Tensor | None) -> Scalars:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_leaves
 
-from kfaclinalg_torch import KFACPreconditioner
+from kfaclinalg_torch import KFACPreconditioner, Watch
 
 WORLD = 3
 ODD = 1  # the process that meets something
@@ -113,6 +113,7 @@ def agreement(rank, world):
     found["checkpointed"] = checkpointed(rank, world)
     found["compiled"] = compiled(rank, world)
     found["mixed"] = mixed(rank, world)
+    found["watched"] = {kind: watched(rank, world, kind) for kind in ("ddp", "fsdp")}
     found["convolutions"] = {kind: convolutions(rank, world, kind) for kind in ("ddp", "fsdp")}
     found["tensor parallel"], found["flat"] = tensor_parallel(world), flat_parameters(rank)
     found["subgroup"] = subgroup(rank)
@@ -281,6 +282,24 @@ def mixed(rank, world):
     return {str(M.dtype) for pair in preconditioner.layers.values() for M in pair}, whole(model[3].weight.grad).clone()
 
 
+def watched(rank, world, kind="none"):
+    """What `Watch` writes down of a step, but for the seconds, and what is said of a copy of all."""
+    model, said = model_of(), ""
+    called = model if kind == "none" else wrapped(model, kind, world)
+    watch = Watch(made(called))
+    x, y = (t.split(4 if world > 1 else N)[rank] for t in batch_of(0))
+    outputs = called(x)
+    watch.update(outputs)
+    loss_of(outputs, y, world).backward()
+    watch.step()
+    if kind != "fsdp":  # torch copies none of its models
+        try:
+            copy.deepcopy((model, watch.optimizer))[1].update(outputs)
+        except RuntimeError as error:
+            said = str(error)
+    return {name: value for name, value in watch.history[0].items() if not name.startswith("seconds")}, said
+
+
 def subgroup(rank):
     """Two of three processes train one model; the third takes no part in it."""
     group = distributed.new_group([0, 2])
@@ -418,6 +437,15 @@ def test_mixed_precision_of_fully_shard(processes):
     for dtypes, gradient in (process["mixed"] for process in processes):
         assert dtypes <= {"torch.float32"}
         torch.testing.assert_close(gradient, processes[0]["halves"]["exact"], rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_is_watched_is_that_of_one_process(processes, kind):
+    expected, copied = watched(0, 1)
+    assert "or of a copy, has no hooks" in copied
+    for record, said in (process["watched"][kind] for process in processes):
+        assert record == pytest.approx(expected, rel=1e-9)
+        assert said == ("" if kind == "fsdp" else copied)
 
 
 def test_only_the_processes_of_its_group_take_part(processes):
