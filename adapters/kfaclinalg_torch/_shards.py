@@ -149,6 +149,12 @@ def mesh_of(model: nn.Module) -> Any:
     ranks = mesh.mesh.flatten().tolist()
     if ranks != sorted(ranks):
         raise ValueError(f"the mesh of the parameters has the processes {ranks}, expected them in ascending order")
+    devices = {p.device.type for p in sharded.values()}
+    if devices != {mesh.device_type}:
+        raise ValueError(
+            f"parameters are on {', '.join(sorted(devices))}, and their mesh is of {mesh.device_type}, where A and G "
+            "are made: expected them there, neither left with the CPU by CPUOffloadPolicy nor still on meta"
+        )
     return mesh
 
 

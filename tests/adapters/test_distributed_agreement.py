@@ -116,7 +116,7 @@ def agreement(rank, world):
     found["watched"] = {kind: watched(rank, world, kind) for kind in ("ddp", "fsdp")}
     found["convolutions"] = {kind: convolutions(rank, world, kind) for kind in ("ddp", "fsdp")}
     found["tensor parallel"], found["flat"] = tensor_parallel(world), flat_parameters(rank)
-    found["subgroup"] = subgroup(rank)
+    found["elsewhere"], found["subgroup"] = elsewhere(world), subgroup(rank)
     found["static graph"] = static_graph(rank)  # where a process knows of one group less
     return found
 
@@ -351,6 +351,17 @@ def tensor_parallel(world):
     return said
 
 
+def elsewhere(world):
+    """What is said of parameters beside the device of their mesh, as CPUOffloadPolicy has them with a GPU."""
+    with torch.device("meta"):
+        model, said = nn.Sequential(nn.Linear(4, 3)), ""
+    try:
+        made(fully_shard(model, mesh=init_device_mesh("cpu", (world,))))
+    except ValueError as error:
+        said = str(error)
+    return said
+
+
 def flat_parameters(rank):
     try:
         made(FullyShardedDataParallel(model_of(), device_id=torch.device("cpu")))
@@ -465,6 +476,10 @@ def test_tensor_parallel_layers_are_refused_with_the_reason(processes):
         assert all(
             "shows each process a part of its inputs or outputs alone" in said for said in found["tensor parallel"]
         )
+
+
+def test_parameters_beside_the_device_of_their_mesh_are_refused(processes):
+    assert all("parameters are on meta, and their mesh is of cpu" in found["elsewhere"] for found in processes)
 
 
 def test_flat_parameters_are_refused(processes):
