@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_distributed_agreement import made
-from together import SPLITS, alone, model_of, spawned, trained, wrapped
+from together import SPLITS, N, alone, batch_of, model_of, spawned, trained, wrapped
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn import functional
+
+from kfaclinalg_torch import Empirical, KFACPreconditioner
 
 WORLD = 4
 STEPS = 4  # sums leave early from the third one on
@@ -29,6 +33,41 @@ def part_of_a_mesh(rank):
     model = fully_shard(model_of(), mesh=mesh)
     found = trained(model, model, SPLITS[2]["even"], rank % 2, 2, steps=STEPS)
     return found["weights"]
+
+
+def pipeline(rank=None):
+    """The weights of a stage that two processes train, in two parts of their batches; of one process those of all."""
+    model = model_of()
+    part, options = model, {"estimator": Empirical("sum"), "damping": 0.1, "inverse_period": 1}
+    if rank is not None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
+        (_, chain), (own, data) = ((mesh.get_local_rank(name), mesh.get_group(name)) for name in mesh.mesh_dim_names)
+        at, shapes = rank // 2, [torch.empty(3, d, dtype=torch.float64, requires_grad=d == 8) for d in (4, 8, 3)]
+        part, options["group"], options["placement"] = (model[:3], model[3:])[at], data, "owner"
+        # without these a stage learns the shapes from a pass of its own, which is no other's in the statistic
+        given = {"input_args": shapes[at], "output_args": shapes[at + 1]}
+        stage = PipelineStage(part, at, 2, torch.device("cpu"), group=chain, **given)
+        schedule = Schedule1F1B(stage, 2, loss_fn=summed, scale_grads=False)
+    preconditioner = KFACPreconditioner(part, **options)
+    optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
+    for seed in range(3):
+        x, y = batch_of(seed)
+        optimizer.zero_grad()
+        if rank is None:
+            summed(model(x), y).backward()
+        else:
+            schedule.step(*([] if at else [x.chunk(2)[own]]), target=y.chunk(2)[own] if at else None)
+            for p in part.parameters():
+                distributed.all_reduce(p.grad, group=data)
+        for p in part.parameters():
+            p.grad.div_(N)
+        preconditioner.step()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in part.named_parameters()}
+
+
+def summed(outputs, targets):
+    return functional.cross_entropy(outputs, targets, reduction="sum")
 
 
 def refused(rank, world):
@@ -61,6 +100,7 @@ def run(rank, world):
     if rank == 3:
         distributed.new_group([3], use_local_synchronization=True)
     found = {"mesh": part_of_a_mesh(rank), "refused": refused(rank, world), "timeouts": timeouts()}
+    found["pipeline"] = pipeline(rank)
     for kind, options in CASES.items():
         model = model_of()
         called = wrapped(model, "hsdp" if kind == "hsdp" else "ddp", world)
@@ -83,6 +123,14 @@ def test_processes_that_know_different_numbers_of_groups_train_together(processe
 @pytest.mark.parametrize("kind", SAID)
 def test_a_group_beside_the_one_of_the_parameters_is_refused(processes, kind):
     assert all(found["refused"][kind] == SAID[kind] for found in processes)
+
+
+def test_the_stages_of_a_pipeline_are_those_of_one_process(processes):
+    expected = pipeline()
+    for rank, found in enumerate(process["pipeline"] for process in processes):
+        assert set(found) == {name for name in expected if (name[0] in "35") == (rank > 1)}
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-9)
 
 
 def test_groups_wait_as_long_as_the_one_they_are_part_of(processes):
