@@ -135,6 +135,16 @@ def test_the_loss_includes_the_weight_decay():
     assert info.loss == pytest.approx(problem.loss(problem.start) + 0.25 * (problem.start[0] ** 2).sum())
 
 
+@pytest.mark.parametrize("b", [NUMPY, TORCH_FLOAT32, JAX[1]], ids=str)
+def test_the_squares_of_the_weights_are_not_rounded(b):
+    """Squares of float32 are exact in float64."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((40, 30)).astype(np.float32) for _ in range(2)]
+    came = b.jit(_best_step.square_of)(tuple(map(b.array, weights)))
+    exact = math.fsum(float(w) ** 2 for W in weights for w in W.ravel())
+    assert abs(float(came) - exact) <= 10 * 2400 * 2.0**-52 * exact
+
+
 def test_gamma_never_falls_below_the_root_of_the_weight_decay():
     problem = LinearRegression(NUMPY)
     options = KFACOptions(damping=0.0, weight_decay=0.01, gamma_period=1, inverse_period=1)
