@@ -13,6 +13,7 @@ import pytest
 import kfaclinalg_jax
 from kfaclinalg import kfac_report
 from kfaclinalg_jax import KFAC, Network
+from kfaclinalg_jax._problem import NetworkProblem
 
 KEY = jax.random.key(0)
 WHOLE = {"statistics_fraction": 1.0, "curvature_fraction": 1.0}
@@ -69,3 +70,23 @@ def test_a_subset_of_the_examples_leaves_what_counts_no_examples(N):
     inputs = (x, shift), x
     moved = [k.step(held, k.init(held), given, x, KEY)[0] for k, given in zip(made, inputs, strict=True)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), *moved)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_what_is_left_of_a_good_fit_is_exact_in_float32(likelihood):
+    """p - y and 1 - p have few digits of a p near 1: ∇h and the exact Fisher take them from z."""
+    x, held = jax.random.normal(KEY, (32, 4)), {"W": 6 * jnp.eye(4), "b": jnp.zeros(4)}
+    x, held = jax.tree.map(lambda a: a.astype(jnp.float32), (x + 2 * jnp.sign(x), held))
+    y = jnp.argmax(x, 1) if likelihood == "categorical" else (x > 0).astype(jnp.float32)
+
+    def measured(held, x, y):
+        net = Network(lambda p, x: x @ p["W"] + p["b"], likelihood, example=(held, x))
+        kfac = KFAC(net, **WHOLE)
+        W = kfac.weights.of(held)
+        problem = NetworkProblem(net, kfac.weights, (x, y, KEY), kfac.options, 1.0)
+        _, gradient = problem.loss_and_gradient(W)
+        return gradient[0], problem.curvature_gram(W, [W])
+
+    double = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, (held, x, y))
+    for came, exact in zip(measured(held, x, y), measured(*double), strict=True):
+        assert jnp.linalg.norm(came - exact) <= 1e-5 * jnp.linalg.norm(exact)
