@@ -37,9 +37,13 @@ OPTIONS = {
 }
 
 
+FEW = ("block-diagonal", "eigen", "low rank", "block-tridiagonal", "uneven", "uneven, masked", "empty", "all masked")
+
+
 def options(world):
-    """Where one process has all examples, those that divide them otherwise are no others."""
-    return [name for name in OPTIONS if world > 1 or not name.startswith(("uneven", "empty"))]
+    """All in three processes, in other numbers those that ask how many there are; one has all examples as it is."""
+    few = OPTIONS if world == 3 else FEW
+    return [name for name in few if world > 1 or not name.startswith(("uneven", "empty"))]
 
 
 def trained(name, rank=0, world=1, seed=3, steps=5):

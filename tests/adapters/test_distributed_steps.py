@@ -1,11 +1,13 @@
-"""Steps of many processes are those of one: placements, structures, batches, DistributedDataParallel, FSDP2, HSDP."""
+"""Steps of three processes are those of one: placements, structures, batches, DistributedDataParallel and FSDP2.
+
+Those of four are in `test_distributed_four`.
+"""
 
 import pytest
 import torch
 from together import SPLITS, STRUCTURES, N, alone, model_of, spawned, trained, wrapped
 from torch.utils._pytree import tree_leaves
 
-WORLDS = (3, 4)
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-6}  # of a difference over the largest entry
 ORDERS = 6
 LIMITS = {"no limit": {}, "length": {"length": 1e-3}, "clip": {"kl_clip": 1e-3}}
@@ -24,37 +26,38 @@ def cases(world):
                     yield wrapper, placement, structure, split, limit
 
 
-CASES = {f"{world} {' '.join(map(str, case))}": (world, case) for world in WORLDS for case in cases(world)}
-
-
 def dtypes(world, structure, split):
     """In float32 one split for each structure: the others would round as it does."""
     square = world == 4 or list(STRUCTURES).index(structure) == list(SPLITS[world]).index(split)
     return BOUNDS if square else [torch.float64]
 
 
-RUNS = [
-    (name, dtype)
-    for name, (world, (_, _, structure, split, _)) in CASES.items()
-    for dtype in dtypes(world, structure, split)
-]
+def runs(world):
+    """Cases and dtypes."""
+    return [(case, dtype) for case in cases(world) for dtype in dtypes(world, *case[2:4])]
+
+
+def of(world):
+    """The parameters of a test."""
+    return pytest.mark.parametrize(
+        ("case", "dtype"), [pytest.param(*run, id=" ".join(map(str, (*run[0], run[1])))) for run in runs(world)]
+    )
 
 
 def run(rank, world):
     found = {}
-    for name, dtype in RUNS:
-        processes, (wrapper, placement, structure, split, limit) = CASES[name]
-        if processes == world:
-            model = model_of(dtype)
-            called = wrapped(model, wrapper, world)
-            options = {"placement": placement, "structure": STRUCTURES[structure]} | LIMITS[limit]
-            found[name, dtype] = trained(called, model, SPLITS[world][split], rank, world, **options)
+    for case, dtype in runs(world):
+        wrapper, placement, structure, split, limit = case
+        model = model_of(dtype)
+        called = wrapped(model, wrapper, world)
+        options = {"placement": placement, "structure": STRUCTURES[structure]} | LIMITS[limit]
+        found[case, dtype] = trained(called, model, SPLITS[world][split], rank, world, **options)
     return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    return {world: spawned(tmp_path_factory.mktemp(f"of{world}"), world, run) for world in WORLDS}
+    return spawned(tmp_path_factory.mktemp("of3"), 3, run)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +88,16 @@ def spread(references, world, dtype, structure, limit):
     return references[key]
 
 
-@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
-def test_many_processes_give_what_one_gives(processes, references, name, dtype):
-    world, (_, placement, structure, _, limit) = CASES[name]
+@of(3)
+def test_three_processes_give_what_one_gives(processes, references, case, dtype):
+    check(processes, references, case, dtype)
+
+
+def check(processes, references, case, dtype):
+    """Gradients, weights and averages are those of one process, and each layer is where its placement has it."""
+    world, (_, placement, structure, _, limit) = len(processes), case
     expected = reference(references, world, dtype, structure, limit)
-    found = [ranks[name, dtype] for ranks in processes[world]]
+    found = [process[case, dtype] for process in processes]
     bound = max(BOUNDS[dtype], 2 * spread(references, world, dtype, structure, limit))
     for process in found:
         assert far(process["gradients"], expected["gradients"]) <= bound
@@ -118,7 +126,7 @@ def test_the_order_of_the_examples_is_rounding(references):
         assert 0 < spread(references, 3, torch.float32, structure, "no limit") < 1e-5
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [3, 4])
 def test_the_schedule_that_is_compared_is_not_of_one_step(world):
     """Layers are refreshed in different steps, with what was inverted before."""
     stale = alone(world, structure="block-diagonal", inverse_period=2)
