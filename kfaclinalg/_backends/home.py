@@ -1,10 +1,10 @@
 """Who computes with single matrices of torch's CPU: torch, or SciPy's BLAS and LAPACK on the same memory.
 
 The rule, decided once a process: what torch does not have, a symmetric rank-N product and a formula of many small
-steps, goes to SciPy, and so does a small Cholesky factor; everything else goes there only where torch's BLAS is MKL and
-the processor is not Intel's, on which MKL takes slower kernels. With KFACLINALG_BLAS=native in the environment, and in
-several processes, all of it stays in torch. So does whatever asks for more than values: a derivative, a transformation,
-a trace, a subclass. Each library has its own number of threads.
+steps, goes to SciPy, and so do small Cholesky factors and generalised eigenproblems; everything else goes there only
+where torch's BLAS is MKL and the processor is not Intel's, on which MKL takes slower kernels. With
+KFACLINALG_BLAS=native in the environment, and in several processes, all of it stays in torch. So does whatever asks for
+more than values: a derivative, a transformation, a trace, a subclass. Each library has its own number of threads.
 """
 
 from __future__ import annotations
