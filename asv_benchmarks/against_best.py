@@ -1,4 +1,4 @@
-"""Our time over the best that anyone has, from peers.json and peers_zen5.json: the table of the performance page.
+"""Our time over the best that anyone has, from peers.json and its like of other processors: a table.
 
     python asv_benchmarks/against_best.py
 
@@ -12,7 +12,7 @@ import json
 
 from against_peers import BY_HAND, HERE, LIMITS, OURS, OUTPUT, Row, best, library
 
-PROCESSORS = {"peers.json": "Zen 3", "peers_zen5.json": "Zen 5"}
+PROCESSORS = {"peers.json": "Zen 3", "peers_zen5.json": "Zen 5", "peers_xeon.json": "Xeon"}
 ANOTHER = (BY_HAND, "singd, diagonal")  # no library, another method
 NAMES = {
     "J1": "A and G of a batch into the average",
