@@ -62,8 +62,8 @@ def best_step(
 
 def square_of(weights: Matrices) -> Array:
     """‖W‖² of all layers, squared in float64: a late step changes it by less than the squares are rounded to."""
-    wide = (_backends.widest(W) for W in weights)
-    return reduce(add, (_backends.namespace_of(W).sum(W * W) for W in wide))
+    wide = tuple(map(_backends.widest, weights))
+    return inner_products([wide], [wide])[0, 0]
 
 
 def _lower(one: Step, other: Step) -> Step:

@@ -29,7 +29,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--errors", action="store_true", help="print the largest errors (with -n 0)")
-    parser.addoption("--fuzz", type=int, default=600, help="how many odd calls to try")
+    parser.addoption("--fuzz", type=int, default=1000, help="how many odd calls to try")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

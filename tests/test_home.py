@@ -166,7 +166,7 @@ def test_elsewhere_only_what_torch_lacks_leaves_it(name, setting, taken, machine
     left = [f for f in taken if f.__module__ != in_place.__name__]
     assert sum(f in RANK_N for f in left) == (0 if "native" in setting else MOMENTS.get(name, 0))
     assert not left or "native" not in setting
-    others = [f for f in left if f not in RANK_N]
+    others = [f for f in left if f not in (*RANK_N, spectra.pencil, spectra.pencil_values)]
     assert not [f for f in others if f.__module__ in (single.__name__, spectra.__name__)]  # formulas
 
 
@@ -465,6 +465,26 @@ def test_large_entries_do_not_overflow_when_symmetrised(native, taken, machine):
     A = torch.eye(3) * 3e38
     torch.testing.assert_close(spd.inverse(A), torch.eye(3) / 3e38)
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("routine", ["pencil", "pencil_values"])
+@pytest.mark.parametrize(("n", "module"), [(64, spectra), (65, in_place)])
+def test_of_torchs_several_calls_small_matrices_take_one_of_scipys(routine, n, module, taken, machine):
+    machine(intel=True)
+    getattr(composed, routine)(torch.eye(n), torch.eye(n))
+    assert taken == [getattr(module, routine)]
+
+
+@pytest.mark.parametrize(("setting", "processes"), [({"intel": True}, False), ({"native": True}, False), ({}, True)])
+def test_scipy_factors_small_matrices_where_torch_may_leave_them(setting, processes, taken, machine, monkeypatch):
+    machine(**setting)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes)
+    factored, potrf = [], single.potrf
+    monkeypatch.setattr(single, "potrf", lambda X: factored.append(len(X)) or potrf(X))
+    for n in (2, 512, 513):
+        torch.testing.assert_close(spd.cholesky(4 * torch.eye(n)), 2 * torch.eye(n))
+    assert factored == ([2, 512] if "intel" in setting else [])
+    assert taken == [in_place.cholesky] * 3
 
 
 @pytest.mark.parametrize("routine", [routines.eigh, routines.eigvalsh])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,13 +149,17 @@ def mesh_of(model: nn.Module) -> Any:
     ranks = mesh.mesh.flatten().tolist()
     if ranks != sorted(ranks):
         raise ValueError(f"the mesh of the parameters has the processes {ranks}, expected them in ascending order")
-    devices = {p.device.type for p in sharded.values()}
+    _check_devices(mesh, sharded.values())
+    return mesh
+
+
+def _check_devices(mesh: Any, parameters: Iterable[Tensor]) -> None:
+    devices = {p.device.type for p in parameters}
     if devices != {mesh.device_type}:
         raise ValueError(
             f"parameters are on {', '.join(sorted(devices))}, and their mesh is of {mesh.device_type}, where A and G "
             "are made: expected them there, neither left with the CPU by CPUOffloadPolicy nor still on meta"
         )
-    return mesh
 
 
 def _picked(tensors: Mapping[Tensor, Tensor], some: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:

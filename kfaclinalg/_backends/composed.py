@@ -5,12 +5,12 @@ from __future__ import annotations
 from .._typing import Array
 from . import frameworks, in_place, single, spectra
 from .door import backend_of, namespace_of
-from .home import in_full_precision, routine
+from .home import in_full_precision, routine, several_calls
 from .members import kept, symmetrised
 from .routines import back_substitution, cholesky, eigh, eigvalsh, forward_substitution
 
 
-@routine(single=spectra.pencil, in_place=in_place.pencil)
+@routine(single=spectra.pencil, in_place=in_place.pencil, rule=several_calls)
 def pencil(M: Array, N: Array) -> tuple[Array, Array]:
     """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric.
 
@@ -22,7 +22,7 @@ def pencil(M: Array, N: Array) -> tuple[Array, Array]:
     return back_substitution(L, E), s
 
 
-@routine(single=spectra.pencil_values, in_place=in_place.pencil_values)
+@routine(single=spectra.pencil_values, in_place=in_place.pencil_values, rule=several_calls)
 def pencil_values(M: Array, N: Array) -> Array:
     """s alone."""
     L = cholesky(M)

@@ -23,6 +23,7 @@ from .views import viewed, views
 
 Body = Callable[..., Any]
 F = TypeVar("F", bound=Body)
+TINY = 64
 
 
 @cache
@@ -34,12 +35,17 @@ def is_native() -> bool:
     return asked == "native"
 
 
-def torch_lacks_it() -> bool:
+def torch_lacks_it(*args: Any) -> bool:
     """The rule for what torch does not have."""
     return not is_native() and not _in_processes()
 
 
-def goes_to_scipy() -> bool:
+def several_calls(M: Any, *args: Any) -> bool:
+    """The rule for what torch takes several calls for, each as long as the arithmetic of a small matrix."""
+    return torch_lacks_it() if M.shape[-1] <= TINY else goes_to_scipy()
+
+
+def goes_to_scipy(*args: Any) -> bool:
     """The rule for everything else."""
     return mkl_is_slower() and torch_lacks_it()
 
@@ -64,7 +70,7 @@ def routine(
     *,
     single: Body | None = None,
     in_place: Body | None = None,
-    rule: Callable[[], bool] = goes_to_scipy,
+    rule: Callable[..., bool] = goes_to_scipy,
     **own: Body,
 ) -> Callable[[Body], Body]:
     """The body below, or another one in its place: the backend's own, or `single` for single matrices of a CPU.

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from . import single, spectra
+from . import single
 from .home import torch_lacks_it
 from .triangles import Matrix, cleaned, lower_half, mirrored, nan
 
 CROWDED = 512  # columns a multiple of that long lie in few lines of a cache, and drive each other out
 SPARE = 8
-TINY = 64  # up to here torch's calls take as long as the arithmetic, and a pencil five of them
 SMALL = 512  # up to here OpenBLAS factors in 0.3 to 0.8 of MKL's time, on processors of Intel's with AVX2 and AVX-512
 
 
@@ -58,8 +57,6 @@ def eigvalsh(M: Matrix) -> Matrix:
 
 def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
     """K and s with Kᵀ M K = I and Kᵀ N K = diag(s), for M positive definite and N symmetric."""
-    if len(M) <= TINY and torch_lacks_it():
-        return spectra.pencil(M, N)
     L = cholesky(M)
     s, E = _eigh(_whitened(L, N))
     return _substituted(L.T, E, left=True), s
@@ -67,8 +64,6 @@ def pencil(M: Matrix, N: Matrix) -> tuple[Matrix, Matrix]:
 
 def pencil_values(M: Matrix, N: Matrix) -> Matrix:
     """s alone."""
-    if len(M) <= TINY and torch_lacks_it():
-        return spectra.pencil_values(M, N)
     return _eigvalsh(_whitened(cholesky(M), N))
 
 

@@ -54,11 +54,11 @@ def viewed(f: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any
     return torch.from_numpy(np.asarray(result))
 
 
-def views(args: Sequence[Any], ndims: tuple[int, ...], rule: Callable[[], bool] | None = None) -> list[Any] | None:
+def views(args: Sequence[Any], ndims: tuple[int, ...], rule: Callable[..., bool] | None = None) -> list[Any] | None:
     """NumPy's views of torch's tensors, None where `rule` says no or anything but values is asked for."""
     import torch
 
-    if torch.compiler.is_compiling() or (rule is not None and not rule()) or is_watched():
+    if torch.compiler.is_compiling() or (rule is not None and not rule(*args)) or is_watched():
         return None
     recording = torch.is_grad_enabled()
     forward_ad: Any = torch.autograd.forward_ad

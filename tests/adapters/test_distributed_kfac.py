@@ -1,4 +1,7 @@
-"""Algorithm 2 in several processes is Algorithm 2 in one, on all of their examples."""
+"""Algorithm 2 in several processes is Algorithm 2 in one, on all of their examples.
+
+That of four is in `test_distributed_kfac_of_four`.
+"""
 
 import copy
 from functools import cache
@@ -12,7 +15,7 @@ from torch import nn
 from kfaclinalg import Exact, LowRank
 from kfaclinalg_torch import KFAC, _divided
 
-WORLDS = (1, 2, 3, 4)
+WORLDS = (1, 2, 3)
 PARTS = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 UNEVEN = {1: (12,), 2: (11, 1), 3: (1, 8, 3), 4: (1, 1, 9, 1)}  # S1 and S2 have none of some of them
 EMPTY = {1: (12,), 2: (12, 0), 3: (5, 0, 7), 4: (0, 5, 7, 0)}
@@ -37,13 +40,9 @@ OPTIONS = {
 }
 
 
-FEW = ("block-diagonal", "eigen", "low rank", "block-tridiagonal", "uneven", "uneven, masked", "empty", "all masked")
-
-
 def options(world):
-    """All in three processes, in other numbers those that ask how many there are; one has all examples as it is."""
-    few = OPTIONS if world == 3 else FEW
-    return [name for name in few if world > 1 or not name.startswith(("uneven", "empty"))]
+    """Where one process has all examples, those that divide them otherwise are no others."""
+    return [name for name in OPTIONS if world > 1 or not name.startswith(("uneven", "empty"))]
 
 
 def trained(name, rank=0, world=1, seed=3, steps=5):
@@ -95,20 +94,29 @@ expected = cache(trained)
 
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in options(world)])
 def test_as_many_processes_as_there_are_take_the_step_of_one(processes, name, world):
+    check_steps(processes[world], name)
+
+
+def check_steps(processes, name):
+    """The weights are those of one process, and the same to the last bit in all."""
     weights, infos = expected(name)
-    for found, happened in (process[name] for process in processes[world]):
+    for found, happened in (process[name] for process in processes):
         torch.testing.assert_close(found, weights, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(happened, infos, rtol=1e-7, atol=1e-9, equal_nan=True)
-        assert same(found, processes[world][0][name][0])  # to the last bit
-        torch.testing.assert_close(happened, processes[world][0][name][1], rtol=0, atol=0, equal_nan=True)
+        assert same(found, processes[0][name][0])
+        torch.testing.assert_close(happened, processes[0][name][1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_another_number_of_processes_goes_on_from_a_state(processes, world):
-    """It is the same in all of them, and loaded with weights_only=True."""
-    states, weights = processes[world][-1]["resumed"]
+    check_resumed(processes[world])
+
+
+def check_resumed(processes):
+    """The state is the same in all of them, and loaded with weights_only=True."""
+    states, weights = processes[-1]["resumed"]
     torch.testing.assert_close(resumed(states=states)[1], weights, rtol=1e-9, atol=1e-9)
-    assert all(same(process["resumed"], processes[world][0]["resumed"]) for process in processes[world])
+    assert all(same(process["resumed"], processes[0]["resumed"]) for process in processes)
 
 
 def test_the_parts_are_of_one_batch():

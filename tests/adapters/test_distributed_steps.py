@@ -1,6 +1,6 @@
 """Steps of three processes are those of one: placements, structures, batches, DistributedDataParallel and FSDP2.
 
-Those of four are in `test_distributed_four`.
+Those of four are in `test_distributed_steps_of_four`.
 """
 
 import pytest
